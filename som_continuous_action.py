@@ -8,7 +8,7 @@
 Run it: python som_continuous_action.py --env-id Walker2d-v4
 The policy turns noise into an action with ONE network evaluation; the field it imitates is built from the critic alone:
 
-    act       a = argmax_i min(Q1, Q2)(s, a_i), where a_i = eps_i - u(eps_i, 0, 1, s), i = 1..N          (Algorithm 1)
+    act       a = argmax_i Q(s, a_i), where a_i = eps_i - u(eps_i, 0, 1, s), i = 1..N          (Algorithm 1)
     critic    y = r + gamma (1 - terminated) Q'(s', a'), where a' is chosen in the same way              (Section 4.4)
     score     grad log p_t(a_t|s) = grad_{a_t} log sum_k exp(alpha Q(s, (a_t + sigma eps_k) / mu))       (Eq 5)
     velocity  v = -beta/2 (a_t + w score / ||score||), the probability-flow ODE of the VP path           (Eq 6, 8)
@@ -44,6 +44,8 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+Batch = namedtuple("Batch", "obs next_obs actions rewards terminated")
+
 
 @dataclass
 class Args:
@@ -55,7 +57,6 @@ class Args:
     wandb_project_name: str = "som"  # the project there
     capture_video: bool = False  # record one episode of every evaluation in the run's folder
     save_model: bool = False  # write actor, critic and configuration to model.pt at the end
-
     # Algorithm specific arguments
     env_id: str = "Walker2d-v4"  # Gymnasium id: flat observations, a bounded continuous action box
     total_timesteps: int = 5_000_000  # environment steps, over all environments
@@ -79,6 +80,7 @@ class Args:
     sde: Literal["vp", "ve"] = "vp"  # variance preserving (Eq 1), or exploding (Appendix B)
     num_mc_samples: int = 100  # Monte-Carlo samples of the score (K)
     best_of_n: int = 32  # candidate actions in acting and bootstrapping (N)
+    policy_q: Literal["mean", "min"] = "mean"  # what the score and best-of-N see of the twins; TD targets use the min
     q_norm: Literal["batch", "state"] = "batch"  # in the score Q is divided by its std over the batch, or a state's K
     inverse_temperature: float = 5.0  # alpha at lambda = 1
     score_scale: float = 5.0  # norm of the rescaled score of Eq 8 (w); # differs from the paper: 25, beta not printed
@@ -97,7 +99,7 @@ class Args:
 
 
 def make_env(env_id: str, video_folder: str | None = None) -> gym.Env:
-    env = gym.make(env_id, render_mode="rgb_array" if video_folder else None)
+    env = gym.make(env_id, **{"render_mode": "rgb_array"} if video_folder else {})
     if video_folder:
         env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: episode == 0)
     env = gym.wrappers.RecordEpisodeStatistics(env)
@@ -212,8 +214,7 @@ def sample_r_t(uniform, zero_r_ratio=0.0):
 
 def meanflow_loss(u_fn, a_t, r, t, v):
     """Squared error (B, N) of u_fn(a_t, r, t) against stopgrad(v - (t - r) du/dt) (Eq 7), and du/dt (B, N, A)."""
-    # along the flow: the tangent of (a_t, r, t) is (v, 0, 1)
-    u, dudt = torch.func.jvp(u_fn, (a_t, r, t), (v, torch.zeros_like(r), torch.ones_like(t)))
+    u, dudt = torch.func.jvp(u_fn, (a_t, r, t), (v, torch.zeros_like(r), torch.ones_like(t)))  # along the flow
     u_tgt = (v - (t - r) * dudt).detach()
     return (u - u_tgt).square().sum(dim=-1), dudt.detach()
 
@@ -223,9 +224,6 @@ def best_of_n(u_fn, q_fn, obs, noise):
     r = torch.zeros_like(noise[..., :1])
     candidates = (noise - u_fn(obs, noise, r, r + 1)).clamp(-1, 1)
     return candidates[torch.arange(len(obs), device=obs.device), q_fn(obs, candidates).argmax(dim=1)], candidates
-
-
-Batch = namedtuple("Batch", "obs next_obs actions rewards terminated")
 
 
 class ReplayBuffer:
@@ -268,10 +266,9 @@ def critic_loss(q_dist, target_q_dist, batch, next_actions, z, mean_std, args, e
         loss = (mean - y).square().mean(dim=1).sum()
     else:  # its gradient is DACER's: the mean is pulled to y, the std to the spread of the bounded sampled target
         spread = (y_sample - mean).clamp(-3 * mean_std, 3 * mean_std).square()
-        mean_pull = (y - mean) / (std.square() + eps)
-        std_pull = (spread - std.square()) / (std.pow(3) + eps)
-        pull = mean_pull.detach() * mean + std_pull.detach() * std
-        loss = -((mean_std.square() + eps) * pull).mean(dim=1).sum()
+        mean_pull = ((y - mean) / (std.square() + eps)).detach()
+        std_pull = ((spread - std.square()) / (std.pow(3) + eps)).detach()
+        loss = -((mean_std.square() + eps) * (mean_pull * mean + std_pull * std)).mean(dim=1).sum()
     info = {"mean_std": mean_std, "losses/qf_loss": loss.detach(), "losses/qf_std": batch_std.mean()}
     return loss, info | {
         "losses/qf_values": mean.detach().mean(),
@@ -318,7 +315,8 @@ class Agent:
         self.log_lambda = torch.tensor(log_lambda, device=device, requires_grad=True)
         self.lambda_optimizer = torch.optim.Adam([self.log_lambda], lr=args.alpha_lr)
         self.mean_std = torch.full((2, 1), math.nan, device=device)
-        self.q_fn = lambda obs, a: self.critic(obs, a)[0].amin(dim=0)  # (B, N)
+        twins = torch.mean if args.policy_q == "mean" else torch.amin
+        self.q_fn = lambda obs, a: twins(self.critic(obs, a)[0], dim=0)  # (B, N)
         mode = "reduce-overhead" if args.cuda else "default"
         compile = partial(torch.compile, mode=mode, dynamic=False) if args.compile else lambda function: function
         self.best_of_n, self.critic_loss, self.actor_loss = map(compile, (best_of_n, critic_loss, actor_loss))
@@ -411,13 +409,12 @@ def check_args(args: Args) -> tuple[int, int]:
     for rule in [rule for rule, holds in rules.items() if not holds]:
         fail(rule)
     try:
-        env = gym.make(args.env_id, render_mode="rgb_array" if args.capture_video else None)
+        env = gym.make(args.env_id, **{"render_mode": "rgb_array"} if args.capture_video else {})
     except gym.error.UnregisteredEnv:
         nearest = difflib.get_close_matches(args.env_id, gym.registry, n=1, cutoff=0)[0]
         fail(f"--env-id {args.env_id} is unknown; the nearest known id is {nearest}")
     except Exception as error:
-        hint = "; use Pusher-v5, or mujoco 2.3.7 on Python <= 3.11" if args.env_id == "Pusher-v4" else ""
-        fail(f"--env-id {args.env_id}: {' '.join(str(error).split())}{hint}")
+        fail(" ".join(str(error).split()) + ("; use Pusher-v5 instead" if args.env_id == "Pusher-v4" else ""))
     for kind, space in ("observations", env.observation_space), ("actions", env.action_space):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             fail(f"--env-id {args.env_id} has {kind} {space}; supported are flat continuous ones, a Box of shape (n,)")
@@ -468,7 +465,7 @@ if __name__ == "__main__":
         # TRY NOT TO MODIFY: execute the game and log data.
         next_obs, rewards, terminated, truncated, infos = envs.step(actions)
         global_step += args.num_envs
-        # TRY NOT TO MODIFY: save data to reply buffer; where an episode ended, next_obs is the next one's first
+        # TRY NOT TO MODIFY: save data to replay buffer; where an episode ended, next_obs is the next one's first
         real_next_obs = next_obs.copy()
         for i in np.flatnonzero(terminated | truncated):
             real_next_obs[i] = infos["final_obs"][i]
