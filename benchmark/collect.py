@@ -1,0 +1,98 @@
+"""Run folders -> one CSV of their evaluations; that CSV -> the tables of the README.
+
+python benchmark/collect.py --runs runs/HalfCheetah-v4__* --csv benchmark/results/halfcheetah.csv
+python benchmark/collect.py --csv benchmark/results/halfcheetah.csv --write-readme
+"""
+
+import csv
+import dataclasses
+import json
+import pathlib
+import re
+import statistics
+import sys
+
+import tyro
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = ROOT / "README.md"
+COLUMNS = "setting env_id seed global_step return_mean return_std num_updates wall_time_s versions command".split()
+
+
+@dataclasses.dataclass
+class CollectArgs:
+    csv: pathlib.Path
+    """table of evaluations, one row each"""
+    runs: tuple[pathlib.Path, ...] = ()
+    """run folders to collect into it; without any, the table is read"""
+    write_readme: bool = False
+    """put the table of final returns into the README, between its two comments"""
+
+
+def command_of(config):
+    """The command line that makes a run: every field whose value is not the default."""
+    sys.path.insert(0, str(ROOT))
+    import som_continuous_action as som
+
+    defaults = dataclasses.asdict(som.Args())
+    words = ["python som_continuous_action.py"]
+    for name, value in config.items():
+        flag = name.replace("_", "-")
+        if name in defaults and name not in ("cuda", "compile") and value != defaults[name]:
+            words.append(
+                f"--{flag} {value}" if not isinstance(value, bool) else f"--{flag}" if value else f"--no-{flag}"
+            )
+    return " ".join(words)
+
+
+def collect(runs):
+    for run in runs:
+        config = json.loads((run / "config.json").read_text())
+        with (run / "evaluations.csv").open() as file:
+            for row in csv.DictReader(file):
+                yield row | {
+                    "setting": config["exp_name"],
+                    "env_id": config["env_id"],
+                    "seed": config["seed"],
+                    "versions": " ".join(f"{name}={version}" for name, version in config["versions"].items()),
+                    "command": command_of(config),
+                }
+
+
+def markdown(rows):
+    """The final evaluation of each seed, and their mean, by setting: the table of the README."""
+    final = {}
+    for row in rows:
+        key = (row["env_id"], row["setting"])
+        final.setdefault(key, {})[int(row["seed"])] = (int(row["global_step"]), float(row["return_mean"]))
+    lines = ["| environment | setting | steps | final return, seed by seed | mean |", "|---|---|---|---|---|"]
+    for (env_id, setting), seeds in final.items():
+        returns = [seeds[seed][1] for seed in sorted(seeds)]
+        cells = ", ".join(f"{value:,.0f}" for value in returns)
+        steps = max(step for step, _ in seeds.values())
+        lines.append(f"| {env_id} | {setting} | {steps:,} | {cells} | {statistics.mean(returns):,.0f} |")
+    return "\n".join(lines)
+
+
+def with_table(text, path, table):
+    """README text with the table between its two comments."""
+    pattern = rf"(<!-- {re.escape(path.name)} -->\n).*?(\n<!-- end -->)"
+    if not re.search(pattern, text, re.DOTALL):
+        sys.exit(f"error: README.md has no place <!-- {path.name} --> ... <!-- end --> for the table")
+    return re.sub(pattern, lambda match: match[1] + table + match[2], text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(CollectArgs)
+    if args.runs:
+        rows = sorted(collect(args.runs), key=lambda row: (row["env_id"], row["setting"], int(row["seed"])))
+        args.csv.parent.mkdir(parents=True, exist_ok=True)
+        with args.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+    with args.csv.open() as file:
+        table = markdown(csv.DictReader(file))
+    print(table)
+    if args.write_readme:
+        README.write_text(with_table(README.read_text(), args.csv, table))
