@@ -7,8 +7,7 @@
 
 Run it: python som_continuous_action.py --env-id Walker2d-v4
 The policy turns noise into an action with ONE network evaluation; the field it imitates is built from the critic alone:
-
-    act       a = argmax_i Q(s, a_i), where a_i = eps_i - u(eps_i, 0, 1, s), i = 1..N          (Algorithm 1)
+    act       a = argmax_i Q(s, a_i), where a_i = eps_i - u(eps_i, 0, 1, s), i = 1..N                    (Algorithm 1)
     critic    y = r + gamma (1 - terminated) Q'(s', a'), where a' is chosen in the same way              (Section 4.4)
     score     grad log p_t(a_t|s) = grad_{a_t} log sum_k exp(alpha Q(s, (a_t + sigma eps_k) / mu))       (Eq 5)
     velocity  v = -beta/2 (a_t + w score / ||score||), the probability-flow ODE of the VP path           (Eq 6, 8)
@@ -66,16 +65,17 @@ class Args:
     batch_size: int = 256  # transitions in an update (B)
     updates_per_step: int = 1  # critic updates per step of all environments
     policy_frequency: int = (
-        1  # critic updates per policy and target update; # differs from the paper: 2 in its baselines
+        1  # critic updates per policy and target update; # differs from the paper: 2 in its code base
     )
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # rate of the moving averages: target networks, the critics' mean std
+    policy_tau: float = 0.005  # rate of the moving average of the policy that acts; # differs from the paper: 1, none
     reward_scale: float = 0.2  # factor on the reward
     policy_lr: float = 1e-4  # learning rate of the policy
     q_lr: float = 1e-4  # learning rate of the critics
     hidden_dim: int = 256  # width of a hidden layer
     num_layers: int = 3  # hidden layers of policy and critics
-    critic_loss: Literal["distributional", "mse"] = "mse"  # DACER's, or plain mean-squared temporal differences
+    critic_loss: Literal["distributional", "mse"] = "mse"  # DACER's or squared TD; # differs from the paper: DACER's
     reference: Literal["uniform", "prior"] = "uniform"  # p_0 ~ exp(alpha Q); or ~ N(0, I) exp(alpha Q), needs no w
     sde: Literal["vp", "ve"] = "vp"  # variance preserving (Eq 1), or exploding (Appendix B)
     num_mc_samples: int = 100  # Monte-Carlo samples of the score (K)
@@ -191,8 +191,7 @@ def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q
         q = q_fn(obs, a_0.clamp(-1, 1) if clip else a_0)  # (B, K)
         if q_norm is not None:
             q = q / ((q.std() if q_norm == "batch" else q.std(dim=1).mean()).detach() + 1e-6)
-        logits = alpha * q
-        return torch.logsumexp(logits, dim=1).sum(), logits
+        return torch.logsumexp(alpha * q, dim=1).sum(), alpha * q
 
     with torch.no_grad():  # the gradient with respect to a_t alone: none to the critic's weights
         score, logits = torch.func.grad(log_sum_exp, has_aux=True)(a_t)
@@ -307,6 +306,7 @@ class Agent:
     def __init__(self, args: Args, obs_dim: int, act_dim: int, device: torch.device):
         self.args, self.act_dim, self.device, self.num_updates = args, act_dim, device, 0
         self.actor = MeanFlowActor(obs_dim, act_dim, args.hidden_dim, args.num_layers).to(device)
+        self.acting_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.critic = QNetwork(obs_dim, act_dim, args.hidden_dim, args.num_layers).to(device)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.policy_optimizer = torch.optim.Adam(self.actor.parameters(), lr=args.policy_lr, fused=True)
@@ -328,7 +328,7 @@ class Agent:
             torch.compiler.cudagraph_mark_step_begin()
         prior_std = self.args.sigma_max if self.args.sde == "ve" else 1.0
         noise = prior_std * torch.randn(len(obs), self.args.best_of_n, self.act_dim, device=self.device)
-        a, candidates = self.best_of_n(self.actor, self.q_fn, obs, noise)
+        a, candidates = self.best_of_n(self.acting_actor, self.q_fn, obs, noise)
         if explore:
             a = (a + self.args.noise_scale * self.log_lambda.exp() * torch.randn_like(a)).clamp(-1, 1)
         return a, candidates
@@ -355,6 +355,7 @@ class Agent:
             self.policy_optimizer.step()
             with torch.no_grad():
                 torch._foreach_lerp_([*self.target_critic.parameters()], [*self.critic.parameters()], args.tau)
+                torch._foreach_lerp_([*self.acting_actor.parameters()], [*self.actor.parameters()], args.policy_tau)
             info |= actor_info | {"losses/alpha": alpha}
         if args.autotune and self.num_updates % args.alpha_delay == 0:
             entropy = 0.5 * math.log(2 * math.pi * math.e * args.noise_scale**2) + self.log_lambda.detach()
@@ -391,11 +392,11 @@ def check_args(args: Args) -> tuple[int, int]:
     """Observation and action dimension of the environment; one line and exit code 2 where the run cannot start."""
     zero_too = "seed", "learning_starts", "gamma", "zero_r_ratio", "noise_scale"
     for name, value in vars(args).items():
-        lowest = -math.inf if name == "target_entropy" else 0
-        if type(value) in (int, float) and not (lowest < value < math.inf or (value == 0 and name in zero_too)):
-            fail(f"--{name.replace('_', '-')} must be {'>=' if name in zero_too else '>'} {lowest}, got {value}")
+        low = -math.inf if name == "target_entropy" else 0
+        high = 1 if name in ("gamma", "tau", "policy_tau", "zero_r_ratio") else 2**63
+        if type(value) in (int, float) and not (low < value <= high or (value == 0 and name in zero_too)):
+            fail(f"--{name.replace('_', '-')} must be in {'[' if name in zero_too else '('}{low}, {high}], got {value}")
     rules = {
-        "--gamma must be < 1, --tau and --zero-r-ratio <= 1": args.gamma < 1 and max(args.tau, args.zero_r_ratio) <= 1,
         "--beta-max must be >= --beta-min": args.beta_max >= args.beta_min,
         "--sigma-max must be > --sigma-min": args.sigma_max > args.sigma_min,
         "--total-timesteps must be > --learning-starts": args.total_timesteps >= args.learning_starts + args.num_envs,
@@ -438,8 +439,8 @@ if __name__ == "__main__":
     writer = SummaryWriter(run_folder)
     writer.add_text("config", f"```\n{json.dumps(config, indent=2)}\n```")
     pathlib.Path(run_folder, "config.json").write_text(json.dumps(config, indent=2))
-    csv_file = open(f"{run_folder}/evaluations.csv", "w", buffering=1)
-    csv_file.write("global_step,num_updates,return_mean,return_std,wall_time_s\n")
+    table = open(f"{run_folder}/evaluations.csv", "w", buffering=1)
+    table.write("global_step,num_updates,return_mean,return_std,wall_time_s\n")
     # TRY NOT TO MODIFY: seeding
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
@@ -448,7 +449,7 @@ if __name__ == "__main__":
     envs = gym.vector.SyncVectorEnv(args.num_envs * [partial(make_env, args.env_id)], autoreset_mode="SameStep")
     agent = Agent(args, obs_dim, act_dim, device)
     rb = ReplayBuffer(args.buffer_size, obs_dim, act_dim, device)
-    start_time, global_step, episodic_return = time.time(), 0, math.nan
+    start, global_step, episodic_return = time.time(), 0, math.nan
     num_iterations = args.total_timesteps // args.num_envs
     progress = tqdm(range(1, num_iterations + 1), unit="step", unit_scale=args.num_envs, disable=None)
     # TRY NOT TO MODIFY: start the game
@@ -484,17 +485,16 @@ if __name__ == "__main__":
                     if not math.isfinite(value):
                         fail(f"{tag} is not finite at step {global_step}, seed {args.seed}; see {run_folder}", code=1)
                     writer.add_scalar(tag, value, global_step)
-                writer.add_scalar("charts/SPS", global_step / (time.time() - start_time), global_step)
+                writer.add_scalar("charts/SPS", global_step / (time.time() - start), global_step)
                 losses = {tag: value for tag, value in scalars.items() if tag.endswith("_loss")}
                 progress.set_postfix({"return": episodic_return} | losses)
         if global_step % args.eval_frequency < args.num_envs or iteration == num_iterations:
             returns = evaluate(agent, eval_seed, f"{run_folder}/videos/{global_step}" if args.capture_video else None)
-            row = global_step, agent.num_updates, returns.mean(), returns.std(), time.time() - start_time
-            print(*row, sep=",", file=csv_file)
-            writer.add_scalar("charts/eval_return", returns.mean(), global_step)
-            tqdm.write(f"step {global_step}: evaluation return {returns.mean():.1f} +- {returns.std():.1f}")
+            mean, std = returns.mean(), returns.std()
+            print(global_step, agent.num_updates, mean, std, time.time() - start, sep=",", file=table)
+            writer.add_scalar("charts/eval_return", mean, global_step)
+            tqdm.write(f"step {global_step}: evaluation return {mean:.1f} +- {std:.1f}")
     if args.save_model:
-        networks = {name: getattr(agent, name).state_dict() for name in ("actor", "critic")}
-        torch.save(networks | {"config": config}, f"{run_folder}/model.pt")
-    for resource in (envs, csv_file, writer):
-        resource.close()
+        states = {"actor": agent.acting_actor.state_dict(), "critic": agent.critic.state_dict(), "config": config}
+        torch.save(states, f"{run_folder}/model.pt")
+    writer.close()

@@ -59,12 +59,20 @@ def collect(runs):
                 }
 
 
-def markdown(rows):
-    """The final evaluation of each seed, and their mean, by setting: the table of the README."""
+def markdown(path):
+    """A CSV as the README shows it: final returns seed by seed where it holds evaluations, else as it stands."""
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    if list(rows[0]) != COLUMNS:
+        lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+        if len(rows) < 3:  # few and long: on its side
+            lines = [[column, *(row[column] for row in rows)] for column in rows[0]]
+            lines.insert(1, ["---"] * len(lines[0]))
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
     final = {}
     for row in rows:
-        key = (row["env_id"], row["setting"])
-        final.setdefault(key, {})[int(row["seed"])] = (int(row["global_step"]), float(row["return_mean"]))
+        seeds = final.setdefault((row["env_id"], row["setting"]), {})
+        seeds[int(row["seed"])] = (int(row["global_step"]), float(row["return_mean"]))
     lines = ["| environment | setting | steps | final return, seed by seed | mean |", "|---|---|---|---|---|"]
     for (env_id, setting), seeds in final.items():
         returns = [seeds[seed][1] for seed in sorted(seeds)]
@@ -91,8 +99,7 @@ if __name__ == "__main__":
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
-    with args.csv.open() as file:
-        table = markdown(csv.DictReader(file))
+    table = markdown(args.csv)
     print(table)
     if args.write_readme:
         README.write_text(with_table(README.read_text(), args.csv, table))
