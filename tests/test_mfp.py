@@ -250,7 +250,7 @@ def recorded_update(agent, batch):
         return seen.chosen, seen.candidates
 
     def critic_loss(*inputs):
-        seen.next_actions = inputs[3]
+        seen.critics, seen.next_actions = inputs[:2], inputs[3]
         return mfp.critic_loss(*inputs)
 
     def actor_loss(u_fn, batch, best_actions, *inputs):
@@ -270,6 +270,7 @@ def test_the_policy_imitates_the_best_of_its_own_actions():
     close(seen.obs, torch.cat([batch.next_obs, batch.obs]))
     rows = torch.arange(2 * B)
     best = seen.candidates[rows, seen.twins.amin(dim=0).argmax(dim=1)]
+    assert seen.critics == (agent.critic, agent.target_critic)
     close(seen.next_actions, best[:B], atol=0, rtol=0)
     close(seen.best_actions, best[B:], atol=0, rtol=0)
     assert not torch.equal(best, seen.candidates[rows, seen.twins.mean(dim=0).argmax(dim=1)])
