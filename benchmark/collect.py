@@ -6,6 +6,7 @@ python benchmark/collect.py --csv benchmark/results/halfcheetah.csv --write-read
 
 import csv
 import dataclasses
+import importlib
 import json
 import pathlib
 import re
@@ -32,10 +33,9 @@ class CollectArgs:
 def command_of(config):
     """The command line that makes a run: every field whose value is not the default."""
     sys.path.insert(0, str(ROOT))
-    import som_continuous_action as som
-
-    defaults = dataclasses.asdict(som.Args())
-    words = ["python som_continuous_action.py"]
+    script = "mfp_continuous_action" if "ivc_coef" in config else "som_continuous_action"
+    defaults = dataclasses.asdict(importlib.import_module(script).Args())
+    words = [f"python {script}.py"]
     for name, value in config.items():
         flag = name.replace("_", "-")
         if name in defaults and name not in ("cuda", "compile") and value != defaults[name]:
