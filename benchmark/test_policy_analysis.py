@@ -16,7 +16,7 @@ import torch
 import mfp_continuous_action as mfp
 import som_continuous_action as som
 
-SCRIPT = pathlib.Path(__file__).parents[1] / "benchmark" / "policy_analysis.py"
+SCRIPT = pathlib.Path(__file__).parent / "policy_analysis.py"
 FEW = "--rollout-steps 60 --num-states 5 --num-candidates 4 --tsne-steps 2 --tsne-candidates 8".split()
 
 spec = importlib.util.spec_from_file_location("policy_analysis", SCRIPT)
