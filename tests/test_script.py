@@ -214,7 +214,8 @@ def test_walker2d_as_a_user_runs_it(tmp_path):
 
 
 BAD_NUMBERS = {
-    "--policy-tau": "2", "--total-timesteps": "0", "--num-envs": "-1", "--learning-starts": "-5", "--buffer-size": "0", "--batch-size": "0",
+    "--policy-tau": "2",
+    "--total-timesteps": "0", "--num-envs": "-1", "--learning-starts": "-5", "--buffer-size": "0", "--batch-size": "0",
     "--updates-per-step": "0", "--policy-frequency": "0", "--gamma": "1.5", "--tau": "1.5", "--reward-scale": "0",
     "--policy-lr": "-1e-4", "--q-lr": "nan", "--hidden-dim": "0", "--num-layers": "0", "--num-mc-samples": "1",
     "--best-of-n": "0", "--inverse-temperature": "inf", "--score-scale": "0", "--beta-min": "3", "--beta-max": "-1",
