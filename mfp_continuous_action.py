@@ -67,7 +67,7 @@ class Args:
     batch_size: int = 256  # transitions in an update (B)
     updates_per_step: int = 1  # critic updates per step of all environments
     policy_frequency: int = (
-        1  # critic updates per policy and target update; # differs from the paper: 2 in its baselines
+        1  # critic updates per policy and target update; # differs from the paper: 2 in its code base
     )
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # rate of the target networks' moving average
@@ -228,6 +228,7 @@ class Agent:
     def __init__(self, args: Args, obs_dim: int, act_dim: int, device: torch.device):
         self.args, self.act_dim, self.device, self.num_updates = args, act_dim, device, 0
         self.actor = MeanFlowActor(obs_dim, act_dim, args.hidden_dim, args.num_layers).to(device)
+        self.acting_actor = self.actor
         self.critic = QNetwork(obs_dim, act_dim, args.hidden_dim, args.num_layers).to(device)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.policy_optimizer = torch.optim.Adam(self.actor.parameters(), lr=args.policy_lr, fused=True)
@@ -243,7 +244,7 @@ class Agent:
         if self.args.compile and self.args.cuda:
             torch.compiler.cudagraph_mark_step_begin()
         noise = torch.randn(len(obs), self.args.best_of_n, self.act_dim, device=self.device)
-        a, candidates = self.best_of_n(self.actor, self.q_fn, obs, noise)
+        a, candidates = self.best_of_n(self.acting_actor, self.q_fn, obs, noise)
         if explore:
             a = (a + self.args.noise_scale * torch.randn_like(a)).clamp(-1, 1)
         return a, candidates
@@ -298,10 +299,10 @@ def check_args(args: Args) -> tuple[int, int]:
     """Observation and action dimension of the environment; one line and exit code 2 where the run cannot start."""
     zero_too = "seed", "learning_starts", "gamma", "zero_r_ratio", "noise_scale", "ivc_coef"
     for name, value in vars(args).items():
-        if type(value) in (int, float) and not (0 < value < math.inf or (value == 0 and name in zero_too)):
-            fail(f"--{name.replace('_', '-')} must be {'>=' if name in zero_too else '>'} 0, got {value}")
+        low, high = 0, 1 if name in ("gamma", "tau", "zero_r_ratio") else 2**63
+        if type(value) in (int, float) and not (low < value <= high or (value == 0 and name in zero_too)):
+            fail(f"--{name.replace('_', '-')} must be in {'[' if name in zero_too else '('}{low}, {high}], got {value}")
     rules = {
-        "--gamma must be < 1, --tau and --zero-r-ratio <= 1": args.gamma < 1 and max(args.tau, args.zero_r_ratio) <= 1,
         "--total-timesteps must be > --learning-starts": args.total_timesteps >= args.learning_starts + args.num_envs,
         "--cuda: PyTorch finds no GPU here, use --no-cuda": torch.cuda.is_available() or not args.cuda,
         "--track needs wandb: pip install wandb": not args.track or util.find_spec("wandb"),
@@ -339,8 +340,8 @@ if __name__ == "__main__":
     writer = SummaryWriter(run_folder)
     writer.add_text("config", f"```\n{json.dumps(config, indent=2)}\n```")
     pathlib.Path(run_folder, "config.json").write_text(json.dumps(config, indent=2))
-    csv_file = open(f"{run_folder}/evaluations.csv", "w", buffering=1)
-    csv_file.write("global_step,num_updates,return_mean,return_std,wall_time_s\n")
+    table = open(f"{run_folder}/evaluations.csv", "w", buffering=1)
+    table.write("global_step,num_updates,return_mean,return_std,wall_time_s\n")
     # TRY NOT TO MODIFY: seeding
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
@@ -349,7 +350,7 @@ if __name__ == "__main__":
     envs = gym.vector.SyncVectorEnv(args.num_envs * [partial(make_env, args.env_id)], autoreset_mode="SameStep")
     agent = Agent(args, obs_dim, act_dim, device)
     rb = ReplayBuffer(args.buffer_size, obs_dim, act_dim, device)
-    start_time, global_step, episodic_return = time.time(), 0, math.nan
+    start, global_step, episodic_return = time.time(), 0, math.nan
     num_iterations = args.total_timesteps // args.num_envs
     progress = tqdm(range(1, num_iterations + 1), unit="step", unit_scale=args.num_envs, disable=None)
     # TRY NOT TO MODIFY: start the game
@@ -385,17 +386,16 @@ if __name__ == "__main__":
                     if not math.isfinite(value):
                         fail(f"{tag} is not finite at step {global_step}, seed {args.seed}; see {run_folder}", code=1)
                     writer.add_scalar(tag, value, global_step)
-                writer.add_scalar("charts/SPS", global_step / (time.time() - start_time), global_step)
+                writer.add_scalar("charts/SPS", global_step / (time.time() - start), global_step)
                 losses = {tag: value for tag, value in scalars.items() if tag.endswith("_loss")}
                 progress.set_postfix({"return": episodic_return} | losses)
         if global_step % args.eval_frequency < args.num_envs or iteration == num_iterations:
             returns = evaluate(agent, eval_seed, f"{run_folder}/videos/{global_step}" if args.capture_video else None)
-            row = global_step, agent.num_updates, returns.mean(), returns.std(), time.time() - start_time
-            print(*row, sep=",", file=csv_file)
-            writer.add_scalar("charts/eval_return", returns.mean(), global_step)
-            tqdm.write(f"step {global_step}: evaluation return {returns.mean():.1f} +- {returns.std():.1f}")
+            mean, std = returns.mean(), returns.std()
+            print(global_step, agent.num_updates, mean, std, time.time() - start, sep=",", file=table)
+            writer.add_scalar("charts/eval_return", mean, global_step)
+            tqdm.write(f"step {global_step}: evaluation return {mean:.1f} +- {std:.1f}")
     if args.save_model:
-        networks = {name: getattr(agent, name).state_dict() for name in ("actor", "critic")}
-        torch.save(networks | {"config": config}, f"{run_folder}/model.pt")
-    for resource in (envs, csv_file, writer):
-        resource.close()
+        states = {"actor": agent.acting_actor.state_dict(), "critic": agent.critic.state_dict(), "config": config}
+        torch.save(states, f"{run_folder}/model.pt")
+    writer.close()

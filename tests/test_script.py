@@ -3,6 +3,7 @@
 import ast
 import csv
 import dataclasses
+import importlib
 import json
 import math
 import pathlib
@@ -309,26 +310,28 @@ def readme_commands():
 
 
 def test_every_command_in_the_readme_parses():
-    parsed = 0
+    parsed = set()
     for command in readme_commands():
         words = shlex.split(command)
-        if "som_continuous_action.py" in words:
-            tyro.cli(som.Args, args=words[words.index("som_continuous_action.py") + 1 :])
-            parsed += 1
+        for script in (word for word in words if re.fullmatch(r"\w+_continuous_action\.py", word)):
+            flags = words[words.index(script) + 1 :]
+            tyro.cli(importlib.import_module(script.removesuffix(".py")).Args, args=flags)
+            parsed.add(script)
         for word in words:
             if word.endswith((".py", ".txt")):
                 assert (ROOT / word).exists(), command
-    assert parsed >= 3
+    assert parsed == {path.name for path in ROOT.glob("*_continuous_action.py")}
 
 
 def requirement_lines(lines):
     return {re.split(r"[\[<>=~!]", line)[0]: line.replace(" ", "") for line in lines}
 
 
-def test_inline_metadata_equals_requirements():
+@pytest.mark.parametrize("script", sorted(ROOT.glob("*.py")), ids=lambda path: path.name)
+def test_inline_metadata_equals_requirements(script):
     lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
     required = requirement_lines(line for line in lines if line)
-    block = re.search(r"(?m)^# /// script\n((?:#.*\n)+?)# ///$", SCRIPT.read_text()).group(1)
+    block = re.search(r"(?m)^# /// script\n((?:#.*\n)+?)# ///$", script.read_text()).group(1)
     inline = tomllib.loads("".join(line[2:] for line in block.splitlines(keepends=True)))
     inline = requirement_lines(inline["dependencies"])
     assert inline and all(required[name] == line for name, line in inline.items())
