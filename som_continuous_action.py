@@ -81,11 +81,11 @@ class Args:
     num_mc_samples: int = 100  # Monte-Carlo samples of the score (K)
     best_of_n: int = 32  # candidate actions in acting and bootstrapping (N)
     policy_q: Literal["mean", "min"] = "mean"  # what the score and best-of-N see of the twins; TD targets use the min
-    q_norm: Literal["batch", "state"] = "batch"  # in the score Q is divided by its std over the batch, or a state's K
+    q_norm: Literal["batch", "state"] = "state"  # the std that divides Q in the score; # differs from the paper: batch
     inverse_temperature: float = 5.0  # alpha at lambda = 1
-    score_scale: float = 5.0  # norm of the rescaled score of Eq 8 (w); # differs from the paper: 25, beta not printed
+    score_scale: float = 10.0  # norm of the rescaled score of Eq 8 (w); # differs from the paper: 25, beta not printed
     beta_min: float = 0.1  # beta(0) of the VP schedule
-    beta_max: float = 2.0  # beta(1) of the VP schedule
+    beta_max: float = 1.0  # beta(1) of the VP schedule
     sigma_min: float = 0.01  # sigma(0) of the VE schedule
     sigma_max: float = 1.0  # sigma(1) of the VE schedule, the std of its prior
     zero_r_ratio: float = 0.5  # share of the batch with r = 0, as in one-step acting; # differs from the paper: 0
