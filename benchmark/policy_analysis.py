@@ -74,7 +74,7 @@ def load_agent(script, run, only_here):
         env = script.make_env(args.env_id)
         agent = script.Agent(args, env.observation_space.shape[0], env.action_space.shape[0], torch.device("cpu"))
         env.close()
-        agent.actor.load_state_dict(model["actor"])
+        agent.acting_actor.load_state_dict(model["actor"])
         agent.critic.load_state_dict(model["critic"])
     except Exception as error:
         som.fail(f"{path} is no checkpoint of {script.__name__}.py: {' '.join(str(error).split())[:200]}")

@@ -30,10 +30,10 @@ def save_run(script, folder, env_id="Hopper-v4", obs_dim=11, act_dim=3):
     args = script.Args(env_id=env_id, hidden_dim=8, num_layers=2, best_of_n=3, cuda=False, compile=False)
     agent = script.Agent(args, obs_dim, act_dim, torch.device("cpu"))
     with torch.no_grad():
-        agent.actor.weights[-1] *= 1.5 if script is mfp else 0.5  # unlike networks
+        agent.acting_actor.weights[-1] *= 1.5 if script is mfp else 0.5  # unlike networks
     config = dataclasses.asdict(args) | {"versions": {"torch": "2.0"}}
     folder.mkdir()
-    networks = {"actor": agent.actor.state_dict(), "critic": agent.critic.state_dict()}
+    networks = {"actor": agent.acting_actor.state_dict(), "critic": agent.critic.state_dict()}
     torch.save(networks | {"config": config}, folder / "model.pt")
     return agent
 
@@ -61,7 +61,7 @@ def test_the_analysis_as_a_user_runs_it(runs, tmp_path):
 def test_checkpoints_are_read_back(runs, tmp_path):
     for script, name, only_here in ((som, "SOM", "score_scale"), (mfp, "MFP", "ivc_coef")):
         agent = analysis.load_agent(script, tmp_path / name.lower(), only_here)
-        for network in ("actor", "critic"):
+        for network in ("acting_actor", "critic"):
             expected = getattr(runs[name], network).state_dict()
             torch.testing.assert_close(getattr(agent, network).state_dict(), expected, rtol=0, atol=0)
         assert agent.args == runs[name].args
@@ -75,7 +75,7 @@ def test_each_policy_proposes_and_the_critic_of_som_judges(runs):
     for name, agent in runs.items():
         noise, zero = torch.randn(6, 5, 3), torch.zeros(6, 5, 1)
         with torch.no_grad():
-            a = (noise - agent.actor(obs, noise, zero, zero + 1)).clamp(-1, 1)
+            a = (noise - agent.acting_actor(obs, noise, zero, zero + 1)).clamp(-1, 1)
             q = runs["SOM"].critic(obs, a)[0].mean(dim=0)
         np.testing.assert_allclose(proposals[name][0], a, atol=1e-6)
         np.testing.assert_allclose(proposals[name][1], q, atol=1e-6)
