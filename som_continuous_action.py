@@ -411,6 +411,8 @@ def check_args(args: Args) -> tuple[int, int]:
         fail(rule)
     try:
         env = gym.make(args.env_id, **{"render_mode": "rgb_array"} if args.capture_video else {})
+        if args.capture_video:
+            env.reset(), env.render()
     except gym.error.UnregisteredEnv:
         nearest = difflib.get_close_matches(args.env_id, gym.registry, n=1, cutoff=0)[0]
         fail(f"--env-id {args.env_id} is unknown; the nearest known id is {nearest}")
@@ -449,14 +451,14 @@ if __name__ == "__main__":
     envs = gym.vector.SyncVectorEnv(args.num_envs * [partial(make_env, args.env_id)], autoreset_mode="SameStep")
     agent = Agent(args, obs_dim, act_dim, device)
     rb = ReplayBuffer(args.buffer_size, obs_dim, act_dim, device)
-    start, global_step, episodic_return = time.time(), 0, math.nan
-    num_iterations = args.total_timesteps // args.num_envs
-    progress = tqdm(range(1, num_iterations + 1), unit="step", unit_scale=args.num_envs, disable=None)
+    start, episodic_return = time.time(), math.nan
+    steps = range(args.num_envs, args.total_timesteps + 1, args.num_envs)
+    progress = tqdm(steps, unit="step", unit_scale=args.num_envs, disable=None)
     # TRY NOT TO MODIFY: start the game
     obs, _ = envs.reset(seed=env_seeds)
-    for iteration in progress:
+    for global_step in progress:
         # ALGO LOGIC: put action logic here
-        if global_step < args.learning_starts:
+        if global_step <= args.learning_starts:
             actions = 2 * torch.rand(args.num_envs, act_dim, device=device) - 1
         else:
             actions, _ = agent.act(torch.as_tensor(obs, dtype=torch.float32).to(device), explore=True)
@@ -465,7 +467,6 @@ if __name__ == "__main__":
             fail(f"the action is not finite at step {global_step}, seed {args.seed}; see {run_folder}", code=1)
         # TRY NOT TO MODIFY: execute the game and log data.
         next_obs, rewards, terminated, truncated, infos = envs.step(actions)
-        global_step += args.num_envs
         # TRY NOT TO MODIFY: save data to replay buffer; where an episode ended, next_obs is the next one's first
         real_next_obs = next_obs.copy()
         for i in np.flatnonzero(terminated | truncated):
@@ -479,16 +480,17 @@ if __name__ == "__main__":
         if global_step > args.learning_starts:
             for _ in range(args.updates_per_step):
                 info = agent.update(rb.sample(args.batch_size))
-            if agent.num_updates % (100 * args.policy_frequency) < args.updates_per_step or iteration == num_iterations:
+            if agent.num_updates % (100 * args.policy_frequency) < args.updates_per_step or global_step == steps[-1]:
                 scalars = {tag: value.item() for tag, value in info.items()}
                 for tag, value in scalars.items():
                     if not math.isfinite(value):
                         fail(f"{tag} is not finite at step {global_step}, seed {args.seed}; see {run_folder}", code=1)
                     writer.add_scalar(tag, value, global_step)
                 writer.add_scalar("charts/SPS", global_step / (time.time() - start), global_step)
-                losses = {tag: value for tag, value in scalars.items() if tag.endswith("_loss")}
-                progress.set_postfix({"return": episodic_return} | losses)
-        if global_step % args.eval_frequency < args.num_envs or iteration == num_iterations:
+                progress.set_postfix(
+                    {"return": episodic_return} | {k: scalars[k] for k in scalars if k.endswith("_loss")}
+                )
+        if global_step % args.eval_frequency < args.num_envs or global_step == steps[-1]:
             returns = evaluate(agent, eval_seed, f"{run_folder}/videos/{global_step}" if args.capture_video else None)
             mean, std = returns.mean(), returns.std()
             print(global_step, agent.num_updates, mean, std, time.time() - start, sep=",", file=table)
