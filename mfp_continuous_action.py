@@ -312,8 +312,7 @@ def check_args(args: Args) -> tuple[int, int]:
         fail(rule)
     try:
         env = gym.make(args.env_id, **{"render_mode": "rgb_array"} if args.capture_video else {})
-        if args.capture_video:
-            env.reset(), env.render()
+        _ = args.capture_video and (env.reset(), env.render())
     except gym.error.UnregisteredEnv:
         nearest = difflib.get_close_matches(args.env_id, gym.registry, n=1, cutoff=0)[0]
         fail(f"--env-id {args.env_id} is unknown; the nearest known id is {nearest}")
@@ -388,9 +387,8 @@ if __name__ == "__main__":
                         fail(f"{tag} is not finite at step {global_step}, seed {args.seed}; see {run_folder}", code=1)
                     writer.add_scalar(tag, value, global_step)
                 writer.add_scalar("charts/SPS", global_step / (time.time() - start), global_step)
-                progress.set_postfix(
-                    {"return": episodic_return} | {k: scalars[k] for k in scalars if k.endswith("_loss")}
-                )
+                losses = {tag: value for tag, value in scalars.items() if tag.endswith("_loss")}
+                progress.set_postfix({"return": episodic_return} | losses)
         if global_step % args.eval_frequency < args.num_envs or global_step == steps[-1]:
             returns = evaluate(agent, eval_seed, f"{run_folder}/videos/{global_step}" if args.capture_video else None)
             mean, std = returns.mean(), returns.std()
