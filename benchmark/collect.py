@@ -84,10 +84,10 @@ def markdown(path):
 
 def with_table(text, path, table):
     """README text with the table between its two comments."""
-    pattern = rf"(<!-- {re.escape(path.name)} -->\n).*?(\n<!-- end -->)"
-    if not re.search(pattern, text, re.DOTALL):
+    pattern = rf"(<!-- {re.escape(path.name)} -->\n)(?:(?!<!-- ).*\n)*(<!-- end -->)"
+    if not re.search(pattern, text):
         sys.exit(f"error: README.md has no place <!-- {path.name} --> ... <!-- end --> for the table")
-    return re.sub(pattern, lambda match: match[1] + table + match[2], text, flags=re.DOTALL)
+    return re.sub(pattern, lambda match: f"{match[1]}{table}\n{match[2]}", text)
 
 
 if __name__ == "__main__":
