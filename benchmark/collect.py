@@ -1,7 +1,7 @@
 """Run folders -> one CSV of their evaluations; that CSV -> the tables of the README.
 
-python benchmark/collect.py --runs runs/HalfCheetah-v4__* --csv benchmark/results/halfcheetah.csv
-python benchmark/collect.py --csv benchmark/results/halfcheetah.csv --write-readme
+python benchmark/collect.py --runs runs/* --csv benchmark/results/small_setting.csv
+python benchmark/collect.py --csv benchmark/results/small_setting.csv --write-readme
 """
 
 import csv
