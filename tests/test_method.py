@@ -627,7 +627,14 @@ def test_terminated_rows_do_not_bootstrap(kind):
 @pytest.mark.parametrize("path", PATHS)
 def test_actor_loss_is_score_velocity_and_meanflow_in_turn(path, q_norm, policy_q):
     reference, sde = PATHS[path][1], "ve" if path == "ve" else "vp"
-    changes = {"reference": reference, "sde": sde, "q_norm": q_norm, "policy_q": policy_q, "sigma_max": 0.8}
+    changes = {
+        "reference": reference,
+        "sde": sde,
+        "q_norm": q_norm,
+        "policy_q": policy_q,
+        "sigma_max": 0.8,
+        "beta_max": 2.0,
+    }
     agent = tiny_agent(zero_r_ratio=0.25, score_scale=7.0, **changes)
     args, actor, critic = agent.args, agent.actor.double(), agent.critic.double()
     batch, alpha = random_batch(1, dtype=F64), torch.tensor(3.0)
