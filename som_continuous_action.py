@@ -423,7 +423,7 @@ def check_args(args: Args) -> tuple[int, int]:
     if not (np.isfinite(env.action_space.low).all() and np.isfinite(env.action_space.high).all()):
         fail(f"--env-id {args.env_id} has the unbounded actions {env.action_space}; a bounded Box is supported")
     margins = getattr(getattr(env.unwrapped, "model", None), "geom_margin", np.zeros(1))
-    if margins.any() and int(metadata.version("mujoco").replace(".", "")[:2]) >= 35:
+    if margins.any() and tuple(map(int, metadata.version("mujoco").split(".")[:2])) >= (3, 5):
         print(f"warning: mujoco >= 3.5 changed the contacts of {args.env_id}; use mujoco < 3.5", file=sys.stderr)
     return env.observation_space.shape[0], env.action_space.shape[0]
 

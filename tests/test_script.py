@@ -276,11 +276,12 @@ def test_bad_input_of_the_real_script(tmp_path):
 
 
 def test_new_mujoco_warns_where_it_changes_the_environment(monkeypatch, capsys):
-    monkeypatch.setattr(som.metadata, "version", lambda package: "3.5.0")
-    som.check_args(som.Args(env_id="HalfCheetah-v4"))
-    assert capsys.readouterr().err == ""
-    som.check_args(som.Args(env_id="Hopper-v4"))
-    assert "warning: mujoco >= 3.5" in capsys.readouterr().err
+    for new in ("3.5.0", "3.10.1", "4.0.0"):
+        monkeypatch.setattr(som.metadata, "version", lambda package, new=new: new)
+        som.check_args(som.Args(env_id="HalfCheetah-v4"))
+        assert capsys.readouterr().err == ""
+        som.check_args(som.Args(env_id="Hopper-v4"))
+        assert "warning: mujoco >= 3.5" in capsys.readouterr().err
     monkeypatch.setattr(som.metadata, "version", lambda package: "3.4.1")
     som.check_args(som.Args(env_id="Hopper-v4"))
     assert capsys.readouterr().err == ""
