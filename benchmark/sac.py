@@ -41,14 +41,17 @@ class Args:
     hidden_dim: int = 64  # width of a hidden layer
     num_layers: int = 3  # hidden layers of policy and critics
     eval_frequency: int = 40_000  # environment steps between evaluations; the last one is at the end
+    num_episodes: int = 10  # episodes of an evaluation
 
 
 def check_args(args: Args) -> None:
     """One line and exit code 2 where the run cannot start."""
     if not args.learning_rate > 0:
         som.fail(f"--learning-rate must be > 0, got {args.learning_rate}")
-    shared = {name: value for name, value in vars(args).items() if name not in ("exp_name", "learning_rate")}
-    som.check_args(som.Args(**shared, compile=False))
+    if not args.num_episodes > 0:
+        som.fail(f"--num-episodes must be > 0, got {args.num_episodes}")
+    shared = [field.name for field in dataclasses.fields(som.Args) if hasattr(args, field.name)]
+    som.check_args(som.Args(**{name: getattr(args, name) for name in shared}, compile=False))
 
 
 def train(args: Args, run_folder: pathlib.Path) -> None:

@@ -53,7 +53,7 @@ def test_run_is_like_that_of_som(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--env-id HalfCheeta-v4", "--env-id HalfCheeta-v4 is unknown"),
+        ("--env-id HalfCheeta-v4", "HalfCheeta"),
         ("--learning-rate 0", "--learning-rate must be > 0"),
         ("--batch-size 0", "--batch-size must be in"),
         ("--env-id CartPole-v1", "has actions Discrete"),
