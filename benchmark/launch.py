@@ -302,8 +302,8 @@ def last_lines(job, number=10):
     return [line.rpartition("\r")[2] for line in text.rpartition("\n$ ")[2].rstrip().splitlines()[1:]][-number:]
 
 
-def describe(job, width):
-    _, step, total, last_return, _ = job.run()
+def describe(job, width, stands):
+    _, step, total, last_return, _ = stands
     done = min(1.0, step / total) if total else 0.0
     bar = "#" * round(10 * done) + "." * (10 - round(10 * done))
     steps = f"{step:,} / {total:,}" if total else f"{step:,}"
@@ -322,14 +322,22 @@ class Table:
 
     def __init__(self, jobs):
         self.jobs, self.live, self.drawn, self.shown = jobs, sys.stdout.isatty(), 0, {}
-        self.width = max(len(job.name) for job in jobs)
+        self.width, self.seen = max(len(job.name) for job in jobs), {}
+
+    def line(self, job):
+        """The files are read of what is running or has changed, not of hundreds that are finished."""
+        state, stands = self.seen.get(job.name, (None, None))
+        if job.state == "running" or job.state != state:
+            self.seen[job.name] = job.state, (stands := job.run())
+        return describe(job, self.width, stands), stands
 
     def draw(self):
         if not self.live:
             for job in self.jobs:
-                now = (job.state, job.attempts, job.run()[3])
+                line, stands = self.line(job)
+                now = job.state, job.attempts, stands[3]
                 if self.shown.get(job.name) != now and (job.state != "waiting" or job.attempts):
-                    print(describe(job, self.width), flush=True)
+                    print(line, flush=True)
                 self.shown[job.name] = now
             return
         size = shutil.get_terminal_size()
@@ -337,7 +345,7 @@ class Table:
         rows = sorted(self.jobs, key=lambda job: order[job.state])[: max(1, size.lines - 2)]
         states = [job.state for job in self.jobs]
         counts = ", ".join(f"{states.count(state)} {state}" for state in order if state in states)
-        lines = [describe(job, self.width)[: size.columns - 1] for job in rows] + [counts[: size.columns - 1]]
+        lines = [line[: size.columns - 1] for line in [*(self.line(job)[0] for job in rows), counts]]
         print((f"\x1b[{self.drawn}F" if self.drawn else "") + "\x1b[J" + "\n".join(lines), flush=True)
         self.drawn = len(lines)
 
@@ -347,6 +355,8 @@ def launch(jobs, args):
     try:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # when this process is killed, Ray's workers die, and Ray would kill the runs; so they get their SIGTERM instead
+        os.environ.setdefault("RAY_kill_child_processes_on_worker_exit", "0")
         import ray
     except ImportError:
         fail("Ray is missing: pip install -r benchmark/requirements.txt")
@@ -419,7 +429,7 @@ def launch(jobs, args):
             submit(job)
     told = 0
     while tasks:
-        for task in ray.wait(list(tasks), timeout=0.5)[0]:
+        for task in ray.wait(list(tasks), timeout=1.0)[0]:
             judge(tasks.pop(task), task)
         for job in tasks.values():
             if job.began is None and attempts_begun(job) > lines_before[job.name]:

@@ -138,7 +138,8 @@ def test_grid_with_a_failure_and_a_kill(fake):
 
 
 @needs_ray
-def test_ctrl_c_lets_the_runs_write_checkpoints(fake):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_the_end_of_the_launcher_lets_the_runs_write_checkpoints(fake, number):
     flags = words("--env-ids", "A-v0", "--seeds", 1, 3, 4, common=("--pause", "0.5"))
     with (fake / "errors").open("w") as errors:
         process = subprocess.Popen(flags, cwd=fake, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True)
@@ -148,13 +149,18 @@ def test_ctrl_c_lets_the_runs_write_checkpoints(fake):
         ):
             assert process.poll() is None and time.time() < deadline, (fake / "errors").read_text()
             time.sleep(0.2)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the launcher and all of its own group
-        assert process.wait(60) == 130
-    assert (fake / "errors").read_text() == "ending the runs; they write their checkpoints\n"
-    logs = list(fake.glob("out/*/output.log"))
-    assert len(logs) == 2 and all(path.read_text().endswith("stopped by a signal\n") for path in logs)
-    assert len(list(fake.glob("out/*/runs/*/checkpoint_*"))) == 2
-    # a third attempt, now without the pause of those that are not begun
+        if number == signal.SIGINT:  # as a terminal does: the launcher and all of its own group
+            os.killpg(process.pid, number)
+            assert process.wait(60) == 130
+            assert (fake / "errors").read_text() == "ending the runs; they write their checkpoints\n"
+        else:
+            process.kill()
+            process.wait()
+    logs, deadline = list(fake.glob("out/*/output.log")), time.time() + 60
+    while not all(path.read_text().endswith("stopped by a signal\n") for path in logs):
+        assert number == signal.SIGKILL and time.time() < deadline, [path.read_text() for path in logs]
+        time.sleep(0.2)
+    assert len(logs) == len(list(fake.glob("out/*/runs/*/checkpoint_*.pt"))) == 2
     result = launch(fake, "--env-ids", "A-v0", "--seeds", 1, 3, 4, "--dry-run", common=("--pause", "0.5"))
     assert result.stdout.count("--resume runs/") == 2 and result.stdout.count("--pause 0.5") == 1
 
