@@ -1,4 +1,4 @@
-"""Run folders -> one CSV of their evaluations; that CSV -> the tables of the README.
+"""Run folders -> one CSV of their evaluations; that CSV -> its table in the README or in docs/.
 
 python benchmark/collect.py --runs runs/* --csv benchmark/results/small_setting.csv
 python benchmark/collect.py --runs out/*/runs/* --csv benchmark/results/small_setting.csv --add
@@ -20,7 +20,8 @@ import sys
 import tyro
 
 ROOT = pathlib.Path(__file__).parents[1]
-README = ROOT / "README.md"
+PAGES = ROOT / "README.md", ROOT / "docs" / "som.md"
+NOT_SHOWN = "--exp-name", "--env-id", "--seed", "--save-model"  # in the table's own_flags
 COLUMNS = (
     "script setting env_id seed global_step return_mean return_std num_updates wall_time_s "
     "versions commit hardware command"
@@ -36,7 +37,7 @@ class CollectArgs:
     add: bool = False
     """keep the rows that the table has of other runs"""
     write_readme: bool = False
-    """put the table of final returns into the README, between its two comments"""
+    """put the table into the README or docs/som.md, between its two comments"""
 
 
 def fail(message):
@@ -125,8 +126,17 @@ def read(path):
     return rows
 
 
+def flags_of(command):
+    """The flags of a command, with their values."""
+    flags = (flag.strip() for flag in re.split(r" (?=--)", command)[1:])
+    return [flag for flag in flags if not flag.startswith(NOT_SHOWN)]
+
+
 def markdown(path):
-    """A CSV as the README shows it: final returns seed by seed where it holds evaluations, else as it stands."""
+    """A CSV as the pages show it: final returns seed by seed where it holds evaluations, else as it stands.
+
+    own flags: those that not every run of the script has.
+    """
     rows = read(path)
     if "return_mean" not in rows[0]:
         lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
@@ -134,24 +144,33 @@ def markdown(path):
             lines = [[column, *(row[column] for row in rows)] for column in rows[0]]
             lines.insert(1, ["---"] * len(lines[0]))
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    final = {}
+    final, common, own = {}, {}, {}
     for row in rows:
         seeds = final.setdefault(run_of(row)[:3], {})
         seeds[int(row["seed"])] = (int(row["global_step"]), float(row["return_mean"]))
-    lines = ["| environment | setting | steps | final return, seed by seed | mean |", "|---|---|---|---|---|"]
-    for (env_id, setting, _), seeds in final.items():
+        common[row["script"]] = common.get(row["script"], set(flags_of(row["command"]))) & set(flags_of(row["command"]))
+    for row in rows:
+        flags = [flag for flag in flags_of(row["command"]) if flag not in common[row["script"]]]
+        own.setdefault(run_of(row)[:3], dict.fromkeys(flags)).update(dict.fromkeys(flags))
+    lines = [
+        "| environment | setting | own flags | steps | final return, seed by seed | mean |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (env_id, setting, script), seeds in final.items():
         returns = [seeds[seed][1] for seed in sorted(seeds)]
         cells = ", ".join(f"{value:,.0f}" for value in returns)
         steps = max(step for step, _ in seeds.values())
-        lines.append(f"| {env_id} | {setting} | {steps:,} | {cells} | {statistics.mean(returns):,.0f} |")
+        flags = f"`{' '.join(own[env_id, setting, script])}`" if own[env_id, setting, script] else ""
+        mean = f"{statistics.mean(returns):,.0f}"
+        lines.append(f"| {env_id} | {setting} | {flags} | {steps:,} | {cells} | {mean} |")
     return "\n".join(lines)
 
 
 def with_table(text, path, table):
-    """README text with the table between its two comments."""
+    """A page's text with the table between its two comments; None where it has no place for it."""
     pattern = rf"(<!-- {re.escape(path.name)} -->\n)(?:(?!<!-- ).*\n)*(<!-- end -->)"
     if not re.search(pattern, text):
-        fail(f"README.md has no place <!-- {path.name} --> ... <!-- end --> for the table")
+        return None
     return re.sub(pattern, lambda match: f"{match[1]}{table}\n{match[2]}", text)
 
 
@@ -173,4 +192,10 @@ if __name__ == "__main__":
     table = markdown(args.csv)
     print(table)
     if args.write_readme:
-        README.write_text(with_table(README.read_text(), args.csv, table))
+        pages = [page for page in PAGES if with_table(page.read_text(), args.csv, table)]
+        if not pages:
+            fail(
+                f"neither README.md nor docs/som.md has a place <!-- {args.csv.name} --> ... <!-- end --> for the table"
+            )
+        for page in pages:
+            page.write_text(with_table(page.read_text(), args.csv, table))
