@@ -1,0 +1,551 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["jax>=0.10", "optax>=0.2.4", "gymnasium[mujoco]>=1.4,<1.5", "mujoco>=3.3,<3.5", "numpy>=2",
+#   "tyro>=1,<2", "tensorboard>=2.18", "tqdm>=4.66"]
+# ///
+"""SOM, Score-Based One-step MeanFlow Policy Optimization (https://arxiv.org/abs/2605.23365), in one file, in JAX.
+
+Run it: python som_continuous_action_jax.py --env-id Walker2d-v4 --num-seeds 3
+The policy turns noise into an action with ONE network evaluation; the field it imitates is built from the critic alone:
+    act       a = argmax_i Q(s, a_i), where a_i = eps_i - u(eps_i, 0, 1, s), i = 1..N                    (Algorithm 1)
+    critic    y = r + gamma (1 - terminated) Q'(s', a'), where a' is chosen in the same way              (Section 4.4)
+    score     grad log p_t(a_t|s) = grad_{a_t} log sum_k exp(alpha Q(s, (a_t + sigma eps_k) / mu))       (Eq 5)
+    velocity  v = -beta/2 (a_t + w score / ||score||), the probability-flow ODE of the VP path           (Eq 6, 8)
+    target    u_tgt = v - (t - r) (v d_a u + d_t u), by one Jacobian-vector product                      (Eq 7)
+    actor     ||u(a_t, r, t, s) - stopgrad(u_tgt)||^2, a_t = mu a_0 + sigma eps, (s, a_0) from the replay buffer
+
+Conventions: t = 1 is noise, t = 0 is the action, 0 <= r <= t <= 1. Inside the learner actions live in [-1, 1]^A; the
+environment is rescaled at its edge. alpha is an INVERSE temperature: p_0(a|s) is proportional to exp(alpha Q(s, a)).
+Shapes: B states, A action coordinates; networks take N actions in each state, (B, N, A); twins come first, (2, B, N).
+Everything up to `evaluate` is one agent; `vmap` makes S of them, whose seeds come first in every array of the loop.
+"""
+
+import difflib
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections import namedtuple
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import import_module, metadata, util
+from itertools import pairwise
+from typing import Literal
+
+import gymnasium as gym
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from tensorboard.summary import Writer
+from tqdm import tqdm
+
+Batch = namedtuple("Batch", "obs next_obs actions rewards terminated")
+AgentState = namedtuple(
+    "AgentState", "actor acting_actor critic target_critic log_lambda mean_std policy_adam q_adam lambda_adam"
+)
+Functions = namedtuple("Functions", "init random explore act add update")
+
+
+@dataclass
+class Args:
+    exp_name: str = "som_continuous_action_jax"  # name of the experiment, a part of the run's folder
+    seed: int = 1  # seed of networks, noise, environments and evaluation
+    num_seeds: int = 1  # agents trained side by side (S), with the seeds seed, seed + 1, ...
+    platform: Literal["auto", "cpu", "gpu"] = "auto"  # where to train (default: on the GPU where JAX finds one)
+    track: bool = False  # also log to Weights and Biases
+    wandb_project_name: str = "som"  # the project there
+    capture_video: bool = False  # record one episode of every evaluation in the run's folder
+    save_model: bool = False  # write actor, critic and configuration to model.npz at the end
+    # Algorithm specific arguments
+    env_id: str = "Walker2d-v4"  # Gymnasium id: flat observations, a bounded continuous action box
+    total_timesteps: int = 5_000_000  # environment steps, over all environments
+    num_envs: int = 5  # environments stepped together
+    learning_starts: int = 100_000  # environment steps with uniform random actions, before learning
+    buffer_size: int = 1_000_000  # transitions in the replay buffer
+    batch_size: int = 256  # transitions in an update (B)
+    updates_per_step: int = 1  # critic updates per step of all environments
+    policy_frequency: int = (
+        1  # critic updates per policy and target update; # differs from the paper: 2 in its code base
+    )
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.005  # rate of the moving averages: target networks, the critics' mean std
+    policy_tau: float = 0.005  # rate of the moving average of the policy that acts; # differs from the paper: 1, none
+    reward_scale: float = 0.2  # factor on the reward
+    policy_lr: float = 1e-4  # learning rate of the policy
+    q_lr: float = 1e-4  # learning rate of the critics
+    hidden_dim: int = 256  # width of a hidden layer
+    num_layers: int = 3  # hidden layers of policy and critics
+    critic_loss: Literal["distributional", "mse"] = "mse"  # DACER's or squared TD; # differs from the paper: DACER's
+    reference: Literal["uniform", "prior"] = "uniform"  # p_0 ~ exp(alpha Q); or ~ N(0, I) exp(alpha Q), needs no w
+    sde: Literal["vp", "ve"] = "vp"  # variance preserving (Eq 1), or exploding (Appendix B)
+    num_mc_samples: int = 100  # Monte-Carlo samples of the score (K)
+    best_of_n: int = 32  # candidate actions in acting and bootstrapping (N)
+    policy_q: Literal["mean", "min"] = "mean"  # what the score and best-of-N see of the twins; TD targets use the min
+    q_norm: Literal["batch", "state"] = "state"  # the std that divides Q in the score; # differs from the paper: batch
+    inverse_temperature: float = 5.0  # alpha at lambda = 1
+    score_scale: float = 10.0  # norm of the rescaled score of Eq 8 (w); # differs from the paper: 25, beta not printed
+    beta_min: float = 0.1  # beta(0) of the VP schedule
+    beta_max: float = 1.0  # beta(1) of the VP schedule
+    sigma_min: float = 0.01  # sigma(0) of the VE schedule
+    sigma_max: float = 1.0  # sigma(1) of the VE schedule, the std of its prior
+    zero_r_ratio: float = 0.5  # share of the batch with r = 0, as in one-step acting; # differs from the paper: 0
+    noise_scale: float = 0.1  # std of the exploration noise at lambda = 1
+    autotune: bool = True  # move lambda: the noise is noise_scale lambda, alpha is inverse_temperature / lambda
+    initial_lambda: float = 5.0  # lambda at the start; it is 1 throughout without autotune
+    alpha_lr: float = 7e-3  # learning rate of log lambda
+    alpha_delay: int = 250  # critic updates per update of log lambda
+    target_entropy: float = -0.9  # entropy of the exploration noise that lambda moves to, nats per action coordinate
+    eval_frequency: int = 20_000  # environment steps between evaluations; the last one is at the end
+
+
+def make_env(env_id: str, video_folder: str | None = None) -> gym.Env:
+    env = gym.make(env_id, **{"render_mode": "rgb_array"} if video_folder else {})
+    if video_folder:
+        env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: episode == 0)
+    env = gym.wrappers.RecordEpisodeStatistics(env)
+    # RescaleAction does not clip by itself, and control costs are computed from the unclipped action
+    return gym.wrappers.ClipAction(gym.wrappers.RescaleAction(env, -1.0, 1.0))
+
+
+# ALGO LOGIC: initialize agent here
+def init_ensemble(key, size, in_dim, out_dim, args):
+    """Weights (size, in, out) and biases (size, 1, out) of every layer, uniform as in PyTorch's nn.Linear."""
+    dims = list(pairwise([in_dim, *args.num_layers * [args.hidden_dim], out_dim]))
+    keys = jax.random.split(key, len(dims))
+    init = [jax.random.uniform(k, (size, i + 1, o), minval=-1) / i**0.5 for k, (i, o) in zip(keys, dims, strict=True)]
+    return [(layer[:, :-1], layer[:, -1:]) for layer in init]
+
+
+def ensemble_mlp(layers, obs, x):
+    """GELU networks in one batched product: B states (B, O), N inputs for each (B, N, D) -> (size, B, N, out)."""
+    (w_0, b_0), *layers = layers
+    w_obs, w_x = jnp.split(w_0, [obs.shape[1]], axis=1)
+    h_obs = obs @ w_obs + b_0  # (size, B, H), shared by a state's N inputs
+    h_x = (x.reshape(-1, x.shape[2]) @ w_x).reshape(len(w_0), *x.shape[:2], -1)  # (size, B, N, H)
+    h = (h_obs[:, :, None] + h_x).reshape(len(w_0), -1, w_0.shape[2])  # (size, B * N, H)
+    for w, b in layers:
+        # the exact GELU; jax.nn.gelu asks for erfc, which takes a CPU twice as long
+        h = (0.5 * h * (1 + jax.lax.erf(h / math.sqrt(2)))) @ w + b
+    return h.reshape(len(w_0), *x.shape[:2], -1)
+
+
+def q_network(layers, obs, a):
+    """Twin critics: mean and std of the return, each (2, B, N), of N actions (B, N, A) in each of B states (B, O)."""
+    out = ensemble_mlp(layers, obs, a)
+    return out[..., 0], jax.nn.softplus(out[..., 1])
+
+
+def meanflow_actor(layers, obs, a_t, r, t, num_frequencies=8):
+    """Average velocity u(a_t, r, t, s): N actions (B, N, A) at times r, t (B, N, 1) in B states (B, O) -> (B, N, A)."""
+    # radians over t in [0, 1]: the loss multiplies du/dt, and much higher frequencies keep MeanFlow from training
+    frequencies = jnp.linspace(1.0, 3.0, num_frequencies)
+    phase_t, phase_dt = t * frequencies, (t - r) * frequencies  # (B, N, num_frequencies)
+    embedding = jnp.sin(phase_t), jnp.cos(phase_t), jnp.sin(phase_dt), jnp.cos(phase_dt)
+    return ensemble_mlp(layers, obs, jnp.concatenate([a_t, *embedding], axis=-1))[0]
+
+
+# ALGO LOGIC: the method. Forward SDE da = f a dt + g dW, a_t = mu a_0 + sigma eps; schedules return mu, sigma, f, g^2.
+def vp_schedule(t, beta_min, beta_max):
+    """Variance preserving, beta(t) = beta_min + t (beta_max - beta_min) (Eq 1)."""
+    beta = beta_min + t * (beta_max - beta_min)
+    int_beta = beta_min * t + 0.5 * t**2 * (beta_max - beta_min)
+    return jnp.exp(-0.5 * int_beta), jnp.sqrt(-jnp.expm1(-int_beta)), -0.5 * beta, beta
+
+
+def cosine_schedule(t):
+    """Variance preserving, mu = cos(pi t / 2); its beta = pi tan(pi t / 2) is unbounded: the last 1e-3 is cut off."""
+    angle = 0.5 * math.pi * jnp.minimum(t, 0.999)
+    beta = math.pi * jnp.tan(angle)
+    return jnp.cos(angle), jnp.sin(angle), -0.5 * beta, beta
+
+
+def ve_schedule(t, sigma_min, sigma_max):
+    """Variance exploding, sigma = sigma_min (sigma_max / sigma_min)^t (Eq 10, B.2)."""
+    log_ratio = math.log(sigma_max / sigma_min)
+    sigma = sigma_min * jnp.exp(log_ratio * t)
+    return jnp.ones_like(t), sigma, jnp.zeros_like(t), 2 * log_ratio * sigma**2
+
+
+def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q_norm=None, clip=True):
+    """Monte-Carlo score grad log p_t(a_t|s) (B, A) (Eq 4 and 5), and the logits alpha Q (B, K) of its samples.
+
+    q_fn: (B, O), (B, K, A) -> (B, K). a_t: (B, A). mu, sigma: (B, 1). eps: (B, K, A) standard normal.
+    reference: p_0 ~ exp(alpha Q) ("uniform") or p_0 ~ N(0, I) exp(alpha Q) ("prior", beyond the paper).
+    q_norm: Q is divided by its std over all samples ("batch"), or by the mean over states of that of K ("state").
+    clip: Q is asked inside [-1, 1]^A only, where it was trained; outside, the gradient is zero.
+    """
+
+    def log_sum_exp(a_t):
+        # prior: the square of N(a_0; 0, I) N(a_t; mu a_0, sigma^2 I) completed
+        center, std = (a_t / mu, sigma / mu) if reference == "uniform" else (mu * a_t, sigma)
+        a_0 = center[:, None] + std[:, None] * eps  # (B, K, A)
+        q = q_fn(obs, jnp.clip(a_0, -1, 1) if clip else a_0)  # (B, K)
+        if q_norm is not None:
+            q_std = q.std(ddof=1) if q_norm == "batch" else q.std(axis=1, ddof=1).mean()
+            q = q / (jax.lax.stop_gradient(q_std) + 1e-6)
+        return jax.nn.logsumexp(alpha * q, axis=1).sum(), alpha * q
+
+    # the gradient with respect to a_t alone: none to the critic's weights
+    score, logits = jax.lax.stop_gradient(jax.grad(log_sum_exp, has_aux=True)(a_t))
+    return (score if reference == "uniform" else score - a_t), logits
+
+
+def pf_ode_velocity(a_t, score, f, g2, score_scale=None):
+    """Velocity f a_t - g^2/2 score (B, A) of the probability-flow ODE (Eq 2, 6, B.2); score_scale is w of Eq 8."""
+    if score_scale is not None:
+        score = score_scale * score / (jnp.linalg.norm(score, axis=-1, keepdims=True) + 1e-6)
+    return f * a_t - 0.5 * g2 * score
+
+
+def sample_r_t(uniform, zero_r_ratio=0.0):
+    """Two uniform numbers (B, 2) as times r <= t, each (B, 1) (Algorithm 1); r = 0 in a share of the rows."""
+    r, t = uniform.min(axis=1, keepdims=True), uniform.max(axis=1, keepdims=True)
+    return r * (jnp.arange(len(r))[:, None] >= zero_r_ratio * len(r)), t
+
+
+def meanflow_loss(u_fn, a_t, r, t, v):
+    """Squared error (B, N) of u_fn(a_t, r, t) against stopgrad(v - (t - r) du/dt) (Eq 7), and du/dt (B, N, A)."""
+    u, dudt = jax.jvp(u_fn, (a_t, r, t), (v, jnp.zeros_like(r), jnp.ones_like(t)))  # along the flow
+    dudt = jax.lax.stop_gradient(dudt)
+    u_tgt = jax.lax.stop_gradient(v - (t - r) * dudt)
+    return jnp.square(u - u_tgt).sum(axis=-1), dudt
+
+
+def best_of_n(u_fn, q_fn, obs, noise):
+    """One-step actions noise - u(noise, 0, 1, s): the one of highest Q (B, A), and all N (B, N, A) (Algorithm 1)."""
+    r = jnp.zeros_like(noise[..., :1])
+    candidates = jnp.clip(noise - u_fn(obs, noise, r, r + 1), -1, 1)
+    best = q_fn(obs, candidates).argmax(axis=1)
+    return jnp.take_along_axis(candidates, best[:, None, None], axis=1)[:, 0], candidates
+
+
+# Replay buffer: a ring of transitions on the device, a row each; only `terminated` is stored as the end of an episode.
+def add(buffer, num_added, rows):
+    return buffer.at[(num_added + jnp.arange(len(rows))) % len(buffer)].set(rows)
+
+
+def sample(buffer, num_added, key, batch_size, obs_dim):
+    rows = buffer[jax.random.randint(key, (batch_size,), 0, jnp.minimum(num_added, len(buffer)))]
+    obs, next_obs, actions, rest = jnp.split(rows, [obs_dim, 2 * obs_dim, rows.shape[1] - 2], axis=1)
+    return Batch(obs, next_obs, actions, rest[:, 0], rest[:, 1])
+
+
+def critic_loss(q_dist, target_q_dist, batch, next_actions, z, mean_std, args, eps=0.1):
+    """Temporal differences of the twins, as in DACER or as plain squared errors (Section 4.4).
+
+    q_dist, target_q_dist: (B, O), (B, 1, A) -> mean, std of the return, (2, B, 1). z: (B,) standard normal.
+    mean_std: (2, 1) moving average of the predicted std, NaN at first; info["mean_std"] is the next. eps: of DACER.
+    """
+    mean, std = (x.squeeze(-1) for x in target_q_dist(batch.next_obs, next_actions[:, None]))  # (2, B)
+    smaller = mean.argmin(axis=0, keepdims=True)  # (1, B)
+    mean, std = (jnp.take_along_axis(x, smaller, axis=0)[0] for x in (mean, std))  # (B,)
+    rewards, discount = args.reward_scale * batch.rewards, args.gamma * (1 - batch.terminated)
+    y = jax.lax.stop_gradient(rewards + discount * mean)
+    y_sample = rewards + discount * (mean + std * jnp.clip(z, -3, 3))
+    mean, std = (x.squeeze(-1) for x in q_dist(batch.obs, batch.actions[:, None]))  # (2, B)
+    batch_std = jax.lax.stop_gradient(std.mean(axis=1, keepdims=True))
+    mean_std = jnp.where(jnp.isnan(mean_std), batch_std, mean_std + args.tau * (batch_std - mean_std))
+    if args.critic_loss == "mse":
+        loss = jnp.square(mean - y).mean(axis=1).sum()
+    else:  # its gradient is DACER's: the mean is pulled to y, the std to the spread of the bounded sampled target
+        spread = jnp.square(jnp.clip(y_sample - mean, -3 * mean_std, 3 * mean_std))
+        mean_pull = jax.lax.stop_gradient((y - mean) / (jnp.square(std) + eps))
+        std_pull = jax.lax.stop_gradient((spread - jnp.square(std)) / (std**3 + eps))
+        loss = -((jnp.square(mean_std) + eps) * (mean_pull * mean + std_pull * std)).mean(axis=1).sum()
+    info = {"mean_std": mean_std, "losses/qf_loss": loss, "losses/qf_std": batch_std.mean()}
+    info |= {"losses/qf_values": mean.mean(), "losses/td_error": jnp.square(y - mean).mean()}
+    return loss, jax.lax.stop_gradient(info)
+
+
+def actor_loss(u_fn, q_fn, batch, uniform, eps, mc_eps, alpha, args):
+    """The policy regressed on the velocity field of exp(alpha Q) (Eq 5 to 8).
+
+    u_fn, q_fn: of N actions a state, as the networks. uniform: (B, 2). eps: (B, A) and mc_eps: (B, K, A) normal.
+    """
+    r, t = sample_r_t(uniform, args.zero_r_ratio)
+    if args.reference == "prior":
+        mu, sigma, f, g2 = cosine_schedule(t)
+    elif args.sde == "vp":
+        mu, sigma, f, g2 = vp_schedule(t, args.beta_min, args.beta_max)
+    else:
+        mu, sigma, f, g2 = ve_schedule(t, args.sigma_min, args.sigma_max)
+    a_t = mu * batch.actions + sigma * eps
+    score, logits = estimate_score(q_fn, batch.obs, a_t, mu, sigma, mc_eps, alpha, args.reference, args.q_norm)
+    v = pf_ode_velocity(a_t, score, f, g2, args.score_scale if args.reference == "uniform" else None)
+    loss, dudt = meanflow_loss(partial(u_fn, batch.obs), *(x[:, None] for x in (a_t, r, t, v)))
+    info = {"losses/actor_loss": loss.mean(), "score/norm": jnp.linalg.norm(score, axis=-1).mean()}
+    info["score/effective_sample_size"] = (1 / jnp.square(jax.nn.softmax(logits, axis=1)).sum(axis=1)).mean()
+    info["velocity/norm"] = jnp.linalg.norm(v, axis=-1).mean()
+    dudt_norm = jnp.linalg.norm((t - r)[:, None] * dudt, axis=-1).mean()
+    info["velocity/dudt_ratio"] = dudt_norm / info["velocity/norm"]
+    for i in range(4):
+        in_bin = jnp.floor(4 * t) == i  # (B, 1)
+        info[f"losses/actor_loss_t{i}"] = (loss * in_bin).sum() / jnp.maximum(in_bin.sum(), 1)
+    return loss.mean(), jax.lax.stop_gradient(info)
+
+
+def init_agent(key, args, obs_dim, act_dim):
+    actor_key, critic_key = jax.random.split(key)
+    actor = init_ensemble(actor_key, 1, obs_dim + act_dim + 4 * 8, act_dim, args)
+    critic = init_ensemble(critic_key, 2, obs_dim + act_dim, 2, args)
+    log_lambda, mean_std = jnp.log(args.initial_lambda if args.autotune else 1.0), jnp.full((2, 1), math.nan)
+    adams = [optax.adam(0.0).init(parameters) for parameters in (actor, critic, log_lambda)]
+    acting_actor, target_critic = jax.tree.map(jnp.copy, (actor, critic))  # no array may be donated twice
+    return AgentState(actor, acting_actor, critic, target_critic, log_lambda, mean_std, *adams)
+
+
+def q_of_twins(critic, args, obs, a):
+    return (jnp.mean if args.policy_q == "mean" else jnp.min)(q_network(critic, obs, a)[0], axis=0)  # (B, N)
+
+
+def act(state, obs, key, step, args, explore=False):
+    """Best-of-N actions (B, A) in states (B, O), with exploration noise or without, and all N candidates."""
+    noise_key, explore_key = jax.random.split(jax.random.fold_in(key, step))
+    noise = jax.random.normal(noise_key, (len(obs), args.best_of_n, state.actor[-1][1].shape[-1]))
+    noise = args.sigma_max * noise if args.sde == "ve" else noise
+    u_fn, q_fn = partial(meanflow_actor, state.acting_actor), partial(q_of_twins, state.critic, args)
+    a, candidates = best_of_n(u_fn, q_fn, obs, noise)
+    if explore:
+        scale = args.noise_scale * jnp.exp(state.log_lambda)
+        a = jnp.clip(a + scale * jax.random.normal(explore_key, a.shape), -1, 1)
+    return a, candidates
+
+
+def adam(loss_fn, parameters, adam_state, lr):
+    """A step on loss_fn(parameters) -> (loss, info): parameters, state, info."""
+    gradient, info = jax.grad(loss_fn, has_aux=True)(parameters)
+    step, adam_state = optax.adam(lr).update(gradient, adam_state)
+    return optax.apply_updates(parameters, step), adam_state, info
+
+
+def update(state, buffer, num_added, num_updates, key, args, obs_dim):
+    """Update the critics updates_per_step times and, when it is due, the policy, the target networks and lambda.
+
+    buffer has num_added rows, num_updates are past. Returns the state and the latest value of every diagnostic.
+    """
+
+    def one_update(state, number):
+        keys = jax.random.split(jax.random.fold_in(key, number), 6)
+        batch = sample(buffer, num_added, keys[0], args.batch_size, obs_dim)
+        B, A = batch.actions.shape
+        next_actions, candidates = act(state, batch.next_obs, keys[1], 0, args)
+        z, target_q_dist = jax.random.normal(keys[2], (B,)), partial(q_network, state.target_critic)
+
+        def q_loss(critic):
+            return critic_loss(partial(q_network, critic), target_q_dist, batch, next_actions, z, state.mean_std, args)
+
+        critic, q_adam, info = adam(q_loss, state.critic, state.q_adam, args.q_lr)
+        info["actions/candidate_std"] = candidates.std(axis=1).mean()
+        info["actions/saturated"] = (jnp.abs(candidates) > 0.99).mean()
+        alpha, q_fn = args.inverse_temperature / jnp.exp(state.log_lambda), partial(q_of_twins, critic, args)
+
+        def policy_loss(actor):
+            uniform, eps = jax.random.uniform(keys[3], (B, 2)), jax.random.normal(keys[4], (B, A))
+            mc_eps = jax.random.normal(keys[5], (B, args.num_mc_samples, A))
+            return actor_loss(partial(meanflow_actor, actor), q_fn, batch, uniform, eps, mc_eps, alpha, args)
+
+        def update_policy(state):
+            actor, policy_adam, info = adam(policy_loss, state.actor, state.policy_adam, args.policy_lr)
+            target_critic = optax.incremental_update(critic, state.target_critic, args.tau)
+            acting_actor = optax.incremental_update(actor, state.acting_actor, args.policy_tau)
+            networks = {"actor": actor, "acting_actor": acting_actor, "target_critic": target_critic}
+            return state._replace(policy_adam=policy_adam, **networks), info | {"losses/alpha": alpha}
+
+        def update_lambda(state):
+            entropy = 0.5 * math.log(2 * math.pi * math.e * args.noise_scale**2) + state.log_lambda
+            lambda_loss = partial(lambda missing, x: (x * missing, {}), entropy - args.target_entropy)
+            log_lambda, lambda_adam, _ = adam(lambda_loss, state.log_lambda, state.lambda_adam, args.alpha_lr)
+            return state._replace(log_lambda=log_lambda, lambda_adam=lambda_adam)
+
+        state = state._replace(critic=critic, q_adam=q_adam, mean_std=info.pop("mean_std"))
+        # all seeds share the number of the update, so that vmap keeps the conditions: what is not due costs nothing
+        no_info = jax.tree.map(lambda x: jnp.zeros(x.shape), jax.eval_shape(update_policy, state)[1])
+        due = number % args.policy_frequency == 0
+        state, policy_info = jax.lax.cond(due, update_policy, lambda state: (state, no_info), state)
+        if args.autotune:
+            state = jax.lax.cond(number % args.alpha_delay == 0, update_lambda, lambda state: state, state)
+        return state, (info, policy_info)
+
+    numbers = num_updates + 1 + jnp.arange(args.updates_per_step)
+    state, (info, policy_info) = jax.lax.scan(one_update, state, numbers)
+    latest = len(numbers) - 1 - numbers[-1] % args.policy_frequency
+    return state, {tag: x[-1] for tag, x in info.items()} | {tag: x[latest] for tag, x in policy_info.items()}
+
+
+def compile_functions(args, obs_dim, act_dim):
+    """What the loop calls, for S agents: arrays, states and keys have S in front; the counters are shared."""
+
+    def over_seeds(function, *axes, **kwargs):
+        return jax.jit(jax.vmap(function, axes), **kwargs)
+
+    def random(key, step):
+        return jax.random.uniform(jax.random.fold_in(key, step), (args.num_envs, act_dim), minval=-1)
+
+    return Functions(
+        init=over_seeds(partial(init_agent, args=args, obs_dim=obs_dim, act_dim=act_dim), 0),
+        random=over_seeds(random, 0, None),
+        explore=over_seeds(partial(act, args=args, explore=True), 0, 0, 0, None),
+        act=over_seeds(partial(act, args=args), 0, 0, 0, None),
+        add=over_seeds(add, 0, None, 0, donate_argnums=0),
+        update=over_seeds(partial(update, args=args, obs_dim=obs_dim), 0, 0, None, None, 0, donate_argnums=0),
+    )
+
+
+def make_keys(seeds):
+    return jnp.stack([jax.random.PRNGKey(seed) for seed in seeds])  # (S, 2)
+
+
+def evaluate(policy, env_id, seeds, video_folders, num_episodes=10):
+    """Undiscounted returns (S, num_episodes) of seeded episodes without exploration, on random numbers of their own.
+
+    policy: observations (S, num_episodes, O), keys (S, 2), step -> actions (S, num_episodes, A).
+    """
+    folders = [None if i else folder for folder in video_folders for i in range(num_episodes)]
+    envs = gym.vector.SyncVectorEnv([partial(make_env, env_id, f) for f in folders], autoreset_mode="SameStep")
+    returns, running, keys, step = np.zeros(len(folders)), np.ones(len(folders), bool), make_keys(seeds), 0
+    obs, _ = envs.reset(seed=[seed + i for seed in seeds for i in range(num_episodes)])
+    while running.any():
+        actions, _ = policy(obs.astype(np.float32).reshape(len(seeds), num_episodes, -1), keys, step)
+        obs, rewards, terminated, truncated, _ = envs.step(np.asarray(actions).reshape(len(folders), -1))
+        returns, running, step = returns + running * rewards, running & ~(terminated | truncated), step + 1
+    envs.close()
+    return returns.reshape(len(seeds), num_episodes)
+
+
+def fail(message: str, code: int = 2):
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def check_args(args: Args) -> tuple[int, int]:
+    """Observation and action dimension of the environment; one line and exit code 2 where the run cannot start."""
+    zero_too = "seed", "learning_starts", "gamma", "zero_r_ratio", "noise_scale"
+    for name, value in vars(args).items():
+        low = -math.inf if name == "target_entropy" else 0
+        high = 1 if name in ("gamma", "tau", "policy_tau", "zero_r_ratio") else 2**63
+        if type(value) in (int, float) and not (low < value <= high or (value == 0 and name in zero_too)):
+            fail(f"--{name.replace('_', '-')} must be in {'[' if name in zero_too else '('}{low}, {high}], got {value}")
+    rules = {
+        "--beta-max must be >= --beta-min": args.beta_max >= args.beta_min,
+        "--sigma-max must be > --sigma-min": args.sigma_max > args.sigma_min,
+        "--total-timesteps must be > --learning-starts": args.total_timesteps >= args.learning_starts + args.num_envs,
+        "--num-mc-samples must be >= 2: Q is divided by its std": args.num_mc_samples >= 2,
+        "--autotune needs --noise-scale > 0": args.noise_scale > 0 or not args.autotune,
+        "--reference prior needs --sde vp": args.reference == "uniform" or args.sde == "vp",
+        "--platform gpu: JAX finds no GPU here": args.platform != "gpu" or jax.default_backend() == "gpu",
+        "--track needs wandb: pip install wandb": not args.track or util.find_spec("wandb"),
+        "--capture-video needs moviepy: pip install moviepy": not args.capture_video or util.find_spec("moviepy"),
+    }
+    for rule in [rule for rule, holds in rules.items() if not holds]:
+        fail(rule)
+    try:
+        env = gym.make(args.env_id, **{"render_mode": "rgb_array"} if args.capture_video else {})
+        _ = args.capture_video and (env.reset(), env.render())
+    except gym.error.UnregisteredEnv:
+        nearest = difflib.get_close_matches(args.env_id, gym.registry, n=1, cutoff=0)[0]
+        fail(f"--env-id {args.env_id} is unknown; the nearest known id is {nearest}")
+    except Exception as error:
+        fail(" ".join(str(error).split()) + ("; use Pusher-v5 instead" if args.env_id == "Pusher-v4" else ""))
+    for kind, space in ("observations", env.observation_space), ("actions", env.action_space):
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            fail(f"--env-id {args.env_id} has {kind} {space}; supported are flat continuous ones, a Box of shape (n,)")
+    if not (np.isfinite(env.action_space.low).all() and np.isfinite(env.action_space.high).all()):
+        fail(f"--env-id {args.env_id} has the unbounded actions {env.action_space}; a bounded Box is supported")
+    margins = getattr(getattr(env.unwrapped, "model", None), "geom_margin", np.zeros(1))
+    if margins.any() and tuple(map(int, metadata.version("mujoco").split(".")[:2])) >= (3, 5):
+        print(f"warning: mujoco >= 3.5 changed the contacts of {args.env_id}; use mujoco < 3.5", file=sys.stderr)
+    return env.observation_space.shape[0], env.action_space.shape[0]
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    if args.platform == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    obs_dim, act_dim = check_args(args)
+    S, seeds = args.num_seeds, range(args.seed, args.seed + args.num_seeds)
+    stem, suffix = f"{args.env_id}__{args.exp_name}".replace("/", "_"), f"{int(time.time())}_{os.getpid()}"
+    run_folders = [f"runs/{stem}__{seed}__{suffix}" for seed in seeds]
+    packages = "jax", "optax", "gymnasium", "mujoco", "numpy", "tyro"
+    versions = {package: metadata.version(package) for package in packages} | {"python": sys.version.split()[0]}
+    config = asdict(args) | {"script": pathlib.Path(__file__).name, "first_seed": args.seed, "versions": versions}
+    if args.track:
+        name = f"{stem}__{args.seed}__{suffix}"
+        import_module("wandb").init(project=args.wandb_project_name, name=name, config=config, sync_tensorboard=True)
+    for seed, run_folder in zip(seeds, run_folders, strict=True):
+        os.makedirs(run_folder)
+        pathlib.Path(run_folder, "config.json").write_text(json.dumps(config | {"seed": seed}, indent=2))
+    writers, tables = zip(
+        *((Writer(x), open(f"{x}/evaluations.csv", "w", buffering=1)) for x in run_folders), strict=True
+    )
+    for table in tables:
+        table.write("global_step,num_updates,return_mean,return_std,wall_time_s\n")
+    # TRY NOT TO MODIFY: seeding
+    generated = np.array([np.random.SeedSequence(seed).generate_state(args.num_envs + 1) for seed in seeds])
+    env_seeds, eval_seeds = generated[:, :-1].flatten().tolist(), generated[:, -1].tolist()
+    init_keys, act_keys, update_keys = jax.vmap(partial(jax.random.split, num=3), out_axes=1)(make_keys(seeds))
+    # env setup: SameStep resets an environment in the step that ends its episode; each seed has num_envs, in its order
+    envs = gym.vector.SyncVectorEnv(len(env_seeds) * [partial(make_env, args.env_id)], autoreset_mode="SameStep")
+    obs, _ = envs.reset(seed=env_seeds)
+    agents = compile_functions(args, obs_dim, act_dim)
+    state, buffer = agents.init(init_keys), jnp.zeros((S, args.buffer_size, 2 * obs_dim + act_dim + 2))
+    start, episodic_return, num_added, num_updates = time.time(), math.nan, 0, 0
+    steps = range(args.num_envs, args.total_timesteps + 1, args.num_envs)
+    progress = tqdm(steps, unit="step", unit_scale=args.num_envs, disable=None)
+    # TRY NOT TO MODIFY: start the game
+    for global_step in progress:
+        # ALGO LOGIC: put action logic here
+        if global_step <= args.learning_starts:
+            actions = agents.random(act_keys, global_step)
+        else:
+            actions, _ = agents.explore(state, obs.astype(np.float32).reshape(S, -1, obs_dim), act_keys, global_step)
+        actions = np.asarray(actions).reshape(-1, act_dim)
+        # TRY NOT TO MODIFY: execute the game and log data.
+        next_obs, rewards, terminated, truncated, infos = envs.step(actions)
+        for kind, values in ("action", actions), ("reward", rewards), ("observation", next_obs):
+            for i in np.flatnonzero(~np.isfinite(values)) // values[0].size // args.num_envs:
+                fail(f"the {kind} is not finite at step {global_step}, seed {seeds[i]}; see {run_folders[i]}", code=1)
+        # TRY NOT TO MODIFY: save data to replay buffer; where an episode ended, next_obs is the next one's first
+        real_next_obs = next_obs.copy()
+        for i in np.flatnonzero(terminated | truncated):
+            real_next_obs[i] = infos["final_obs"][i]
+            episodic_return = infos["final_info"]["episode"]["r"][i]
+            writers[i // args.num_envs].add_scalar("charts/episodic_return", episodic_return, global_step)
+            length = infos["final_info"]["episode"]["l"][i]
+            writers[i // args.num_envs].add_scalar("charts/episodic_length", length, global_step)
+        rows = np.column_stack([obs, real_next_obs, actions, rewards, terminated]).astype(np.float32)
+        buffer = agents.add(buffer, num_added, rows.reshape(S, args.num_envs, -1))
+        obs, num_added = next_obs, num_added + args.num_envs
+        # ALGO LOGIC: training.
+        if num_added > args.learning_starts:
+            state, info = agents.update(state, buffer, num_added, num_updates, update_keys)
+            num_updates += args.updates_per_step
+            period = args.policy_frequency if global_step == steps[-1] else 100 * args.policy_frequency
+            if num_updates % period < args.updates_per_step:
+                scalars = jax.device_get(info)  # (S,) each
+                for k, writer in enumerate(writers):
+                    for tag, values in scalars.items():
+                        if not math.isfinite(values[k]):
+                            fail(f"{tag} is not finite at step {global_step}, seed {seeds[k]}; see {run_folders[k]}", 1)
+                        writer.add_scalar(tag, values[k], global_step)
+                    writer.add_scalar("charts/SPS", global_step / (time.time() - start), global_step)
+                losses = {tag: values.mean() for tag, values in scalars.items() if tag.endswith("_loss")}
+                progress.set_postfix({"return": episodic_return} | losses)
+        if global_step % args.eval_frequency < args.num_envs or global_step == steps[-1]:
+            folders = [f"{folder}/videos/{global_step}" if args.capture_video else None for folder in run_folders]
+            returns = evaluate(partial(agents.act, state), args.env_id, eval_seeds, folders)
+            for k, (mean, std) in enumerate(zip(returns.mean(axis=1), returns.std(axis=1), strict=True)):
+                print(global_step, num_updates, mean, std, time.time() - start, sep=",", file=tables[k])
+                writers[k].add_scalar("charts/eval_return", mean, global_step)
+                tqdm.write(f"step {global_step}: evaluation return {mean:.1f} +- {std:.1f}, seed {seeds[k]}")
+    if args.save_model:
+        for k, run_folder in enumerate(run_folders):  # arrays actor.0.weight, actor.0.bias, ...
+            networks = {"actor": state.acting_actor, "critic": state.critic}.items()
+            layers = [(f"{name}.{i}", *layer) for name, network in networks for i, layer in enumerate(network)]
+            arrays = {f"{name}.weight": w[k] for name, w, _ in layers} | {f"{name}.bias": b[k] for name, _, b in layers}
+            np.savez(f"{run_folder}/model.npz", config=pathlib.Path(run_folder, "config.json").read_text(), **arrays)
+    for writer in writers:
+        writer.close()
