@@ -1,0 +1,405 @@
+"""The 2D bandit: its rewards and counts against closed forms, its script as a user runs it, and the numbers to reach.
+
+The numbers take an hour on two slow cores and are left out by default: pytest -m slow tests/test_bandit.py runs them.
+"""
+
+import ast
+import dataclasses
+import importlib.util
+import inspect
+import itertools
+import json
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import typing
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+import mfp_continuous_action as mfp
+import som_bandit_2d as bandit
+import som_continuous_action as som
+
+ROOT = pathlib.Path(__file__).parents[1]
+SCRIPT = ROOT / "som_bandit_2d.py"
+TASKS = "eight-gaussians", "two-moons", "checkerboard"
+TINY = "--total-updates 100 --num-mc-samples 4 --hidden-dim 16 --q-hidden-dim 16 --batch-size 32 --best-of-n 3".split()
+PICTURES = {"arrows.png", "training.png", "scores.png"}
+ROOT2 = math.sqrt(2)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def small(**changes):
+    return bandit.Args(**({"num_mc_samples": 64, "hidden_dim": 16, "q_hidden_dim": 16, "batch_size": 32} | changes))
+
+
+# The bandit
+def test_eight_gaussians_are_those_of_appendix_f():
+    task = bandit.Bandit("eight-gaussians")
+    a = (4 * torch.rand(200, 2) - 2).double()
+    angles = 2 * np.pi * np.arange(8) / 8
+    density = sum(
+        weight * scipy.stats.multivariate_normal(ROOT2 * np.array([np.cos(x), np.sin(x)]), 0.3**2).pdf(a.numpy())
+        for weight, x in zip([2, 1] * 4, angles, strict=True)
+    )
+    reward = task.reward(a.float()).numpy()
+    top = scipy.stats.multivariate_normal([0, 0], 0.3**2).pdf([0, 0]) * 2
+    np.testing.assert_allclose(reward, density / top, rtol=2e-2, atol=1e-4)  # neighbours add a little at the peak
+    ratio = reward / density
+    np.testing.assert_allclose(ratio, ratio[0], rtol=1e-4)
+    assert task.centres[0].tolist() == pytest.approx([ROOT2, 0]) and task.std == 0.3
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_rewards_fill_zero_to_one(name):
+    task = bandit.Bandit(name)
+    fine = torch.cartesian_prod(*2 * [torch.linspace(-bandit.BOX, bandit.BOX, 400)])
+    reward = task.reward(fine)
+    assert reward.min() >= 0 and reward.min() < 1e-3
+    assert 0.995 < reward.max() <= 1 + 1e-5
+    assert len(task.high_modes) == 4
+    assert task.reward(fine.reshape(100, 1600, 2)).shape == (100, 1600)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_gradient_of_the_reward_is_the_closed_form(name):
+    task, a = bandit.Bandit(name), 3 * torch.rand(50, 2) - 1.5
+    pull = task.centres - a.unsqueeze(1)  # (M, modes, 2)
+    density = task.weights * torch.exp(-pull.square().sum(-1) / (2 * task.std**2)) / task.max_density
+    expected = (density.unsqueeze(-1) * pull / task.std**2).sum(dim=1)
+    gradient = torch.func.grad(lambda a: task.reward(a).sum())(a)
+    torch.testing.assert_close(gradient, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_counts_of_points_made_by_hand():
+    task = bandit.Bandit("eight-gaussians")
+    points = {
+        "N": [(0, ROOT2), (0.49, ROOT2), (0, ROOT2 + 0.51)],
+        "E": [(ROOT2, 0)],
+        "S": [(0, -ROOT2), (0.3, -ROOT2 - 0.3), (-0.4, -ROOT2 + 0.4)],
+        "W": [(-ROOT2, 0), (-ROOT2 - 0.49, 0), (-ROOT2, 0.49), (-ROOT2, -0.51)],
+        "low": [(1, 1), (-1, 1), (-1, -1.3), (1.4, -1.4)],
+        "none": [(0, 0), (2.4, 2.4)],
+    }
+    a = torch.tensor(list(itertools.chain(*points.values())))
+    assert task.mode_counts(a) == {"N": 2, "E": 1, "S": 2, "W": 3, "low": 3}
+    result = bandit.measure(task, a, a)
+    assert result["high_mode_share"] == [2 / len(a), 1 / len(a), 2 / len(a), 3 / len(a)]
+    assert result["low_mode_share"] == 3 / len(a)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_high_mode_counts_its_own_centres(name):
+    task = bandit.Bandit(name)
+    for label, group in task.high_modes.items():
+        counts = task.mode_counts(task.centres[group])
+        assert counts[label] == len(group)
+        compass = {"N": (1, 1), "S": (1, -1), "E": (0, 1), "W": (0, -1)}
+        middle = task.centres[group].mean(dim=0)
+        if name != "two-moons":
+            for letter in label if label.isupper() else "":
+                axis, sign = compass[letter]
+                limit = 0 if name == "eight-gaussians" else 0.6
+                assert sign * middle[axis] > -limit, label
+
+
+def test_perturbations_of_the_reward():
+    a = torch.zeros(20_000, 2)
+    task = bandit.Bandit("eight-gaussians", noise=0.3, bump_scale=0.7, bump_std=0.5)
+    answers = task.query(a) - task.reward(a)
+    assert answers.mean().item() == pytest.approx(0.7, abs=0.01) and answers.std().item() == pytest.approx(
+        0.3, abs=0.01
+    )
+    a[:, 0] = 0.5  # one std of the bump away from its centre
+    assert (task.query(a) - task.reward(a)).mean().item() == pytest.approx(0.7 * math.exp(-0.5), abs=0.01)
+    clean = bandit.Bandit("eight-gaussians")
+    torch.testing.assert_close(clean.query(a), clean.reward(a))
+
+
+def test_wasserstein_distance_of_a_shift_and_of_two_pairs():
+    task, a = bandit.Bandit("eight-gaussians"), torch.randn(100, 2)
+    shift = torch.tensor([0.3, -0.4])
+    assert bandit.measure(task, a, (a + shift)[torch.randperm(100)])["w2_to_pf_ode"] == pytest.approx(0.5, rel=1e-5)
+    pair, other = torch.tensor([[0.0, 0.0], [1.0, 0.0]]), torch.tensor([[1.0, 1.0], [0.0, 0.0]])
+    assert bandit.measure(task, pair, other)["w2_to_pf_ode"] == pytest.approx(math.sqrt(0.5), rel=1e-5)
+
+
+# The method
+def gaussian_case(reference, t, K):
+    """Score of exp(alpha Q) when it is a Gaussian N(m, s^2 I), by estimate_score and mix_score, and in closed form."""
+    m, s, a_t = torch.tensor([0.5, -0.3]), 0.4, torch.randn(16, 2)
+    t = torch.full((16, 1), t)
+    mu, sigma, _, _ = bandit.cosine_schedule(t) if reference == "prior" else bandit.vp_schedule(t, 0.1, 1.0)
+    eps, one = torch.randn(16, K, 2), torch.zeros(16, 1)
+
+    def log_target(obs, a):
+        value = -0.5 * (a - m).square().sum(-1) / s**2
+        return value + 0.5 * a.square().sum(-1) if reference == "prior" else value
+
+    score, logits = bandit.estimate_score(log_target, one, a_t, mu, sigma, eps, 1.0, reference, clip=False)
+    curvature = 1 / s**2 - (1 if reference == "prior" else 0)
+    mixed = bandit.mix_score(score, logits, a_t, mu, sigma, eps, reference, 1 / curvature)
+    return score, mixed, -(a_t - mu * m) / (mu.square() * s**2 + sigma.square())
+
+
+@pytest.mark.parametrize("reference", ["uniform", "prior"])
+@pytest.mark.parametrize("t", [0.2, 0.5, 0.9])
+def test_mixed_score_of_a_gaussian_is_exact_for_every_k(reference, t):
+    for K in (1, 2, 30):
+        _, mixed, true = gaussian_case(reference, t, K)
+        torch.testing.assert_close(mixed, true, atol=2e-4, rtol=2e-3)
+
+
+@pytest.mark.parametrize("reference", ["uniform", "prior"])
+def test_both_scores_converge_to_that_of_the_mixture(reference):
+    task, K, alpha = bandit.Bandit("eight-gaussians"), 20_000, 1.0
+    t, a_t = torch.full((6, 1), 0.6), torch.randn(6, 2)
+    mu, sigma, _, _ = bandit.cosine_schedule(t) if reference == "prior" else bandit.vp_schedule(t, 0.1, 1.0)
+
+    def q_fn(obs, a):
+        log_r = task.log_components(a.flatten(0, 1)).logsumexp(dim=1).unflatten(0, a.shape[:2])
+        return log_r + 0.5 * a.square().sum(-1) if reference == "prior" else log_r
+
+    var = mu.square() * task.std**2 + sigma.square()  # (M, 1)
+    pull = mu.unsqueeze(1) * task.centres - a_t.unsqueeze(1)  # (M, modes, 2)
+    rho = (task.weights.log() - 0.5 * pull.square().sum(-1) / var).softmax(dim=1)
+    true = (rho.unsqueeze(-1) * pull).sum(dim=1) / var
+    eps = torch.randn(6, K, 2)
+    score, logits = bandit.estimate_score(q_fn, eps[:, 0, :1], a_t, mu, sigma, eps, alpha, reference, clip=False)
+    for local_var in (1e-3, 0.1, 10.0):
+        mixed = bandit.mix_score(score, logits, a_t, mu, sigma, eps, reference, local_var)
+        torch.testing.assert_close(mixed, true, atol=0.15, rtol=0.05)
+    torch.testing.assert_close(score, true, atol=0.15, rtol=0.05)
+
+
+def test_mixed_score_has_less_variance_where_it_is_needed():
+    errors = {}
+    for estimator in ("gradient", "mixed"):
+        torch.manual_seed(1)
+        agent = bandit.Agent(small(oracle_critic=True, estimator=estimator), "som", bandit.Bandit("eight-gaussians"))
+        a_t = torch.randn(1, 2).expand(200, 2)
+        errors[estimator] = agent.velocity(a_t, torch.full((200, 1), 0.8)).var(dim=0).sum().item()
+    assert errors["mixed"] < 0.3 * errors["gradient"]
+
+
+def test_ode_of_the_prior_matched_field_reaches_the_high_modes():
+    task = bandit.Bandit("eight-gaussians")
+    agent = bandit.Agent(small(oracle_critic=True, num_mc_samples=128), "som", task)
+    result = bandit.measure(task, ends := bandit.integrate(agent, torch.randn(300, 2)), ends)
+    assert result["mean_reward"] > 0.83 and result["low_mode_share"] < 0.06
+    assert min(result["high_mode_share"]) > 0.15
+
+
+def test_ode_of_the_papers_field_reaches_the_high_modes():
+    task = bandit.Bandit("eight-gaussians")
+    agent = bandit.Agent(small(oracle_critic=True, num_mc_samples=128, reference="uniform"), "som", task)
+    result = bandit.measure(task, ends := bandit.integrate(agent, torch.randn(300, 2)), ends)
+    assert result["mean_reward"] > 0.83 and result["low_mode_share"] < 0.06
+    assert min(result["high_mode_share"]) > 0.15
+
+
+def test_sobol_noise_is_standard_normal(monkeypatch):
+    seen = []
+    monkeypatch.setattr(bandit, "estimate_score", lambda *args, **kwargs: seen.append(args[5]) or (args[2], None))
+    agent = bandit.Agent(small(estimator="gradient"), "som", bandit.Bandit("eight-gaussians"))
+    agent.velocity(torch.zeros(2000, 2), torch.full((2000, 1), 0.5))
+    (eps,) = seen
+    assert eps.shape == (2000, 64, 2)
+    for axis in range(2):
+        assert scipy.stats.kstest(eps[:, 0, axis], "norm").pvalue > 1e-3
+    assert abs(np.corrcoef(eps[:, 0].T)[0, 1]) < 0.08
+    assert eps.mean(dim=1).std() < 0.5 / math.sqrt(64)  # spread more evenly than independent points
+
+
+def test_training_fits_the_critic_and_leaves_it_alone_with_an_oracle():
+    task, a = bandit.Bandit("eight-gaussians"), 4 * torch.rand(32, 2) - 2
+    for oracle, method in itertools.product((False, True), ("som", "mfp")):
+        agent = bandit.Agent(small(oracle_critic=oracle), method, task)
+        before = [weight.clone() for weight in (*agent.critic.parameters(), *agent.actor.parameters())]
+        agent.update(a, task.reward(a))
+        after = [*agent.critic.parameters(), *agent.actor.parameters()]
+        moved = [not torch.equal(x, y) for x, y in zip(before, after, strict=True)]
+        half = len([*agent.critic.parameters()])
+        assert any(moved[:half]) != oracle and any(moved[half:])
+
+
+def test_the_critics_gradient_is_that_of_its_own_loss_alone():
+    task, a = bandit.Bandit("eight-gaussians"), 4 * torch.rand(32, 2) - 2
+    agent = bandit.Agent(small(), "som", task)
+    q = agent.q_fn(torch.zeros(32, 1), a.unsqueeze(1)).squeeze(1)
+    expected = torch.autograd.grad((q - task.reward(a)).square().mean(), [*agent.critic.parameters()])
+    agent.update(a, task.reward(a))
+    for weight, gradient in zip(agent.critic.parameters(), expected, strict=True):
+        torch.testing.assert_close(weight.grad, gradient)
+
+
+def test_one_step_action_is_noise_minus_u_and_mfp_takes_its_best():
+    task = bandit.Bandit("eight-gaussians")
+    agent = bandit.Agent(small(oracle_critic=True), "mfp", task)
+    noise = torch.randn(10, 5, 2)
+    zero = torch.zeros(10, 5, 1)
+    actions = (noise - agent.acting_actor(torch.zeros(10, 1), noise, zero, zero + 1)).clamp(-bandit.BOX, bandit.BOX)
+    best = actions[torch.arange(10), task.reward(actions).argmax(dim=1)]
+    torch.testing.assert_close(agent.act(noise), best)
+    torch.testing.assert_close(agent.denoise(noise[:, 0], 0.0).clamp(-bandit.BOX, bandit.BOX), actions[:, 0])
+    torch.testing.assert_close(agent.denoise(noise[:, 0], 1.0), noise[:, 0])
+
+
+def test_shared_functions_are_equal_to_the_letter():
+    shared = {
+        som: "EnsembleMLP MeanFlowActor vp_schedule cosine_schedule estimate_score pf_ode_velocity sample_r_t "
+        "meanflow_loss best_of_n fail",
+        mfp: "EnsembleMLP MeanFlowActor mfp_loss sample_r_t best_of_n fail",
+    }
+    for script, names in shared.items():
+        for name in names.split():
+            assert inspect.getsource(getattr(bandit, name)) == inspect.getsource(getattr(script, name)), name
+
+
+def test_every_field_is_read_and_every_default_has_its_type():
+    hints, source = typing.get_type_hints(bandit.Args), ast.parse(SCRIPT.read_text())
+    main = [node for node in source.body if not (isinstance(node, ast.ClassDef) and node.name == "Args")]
+    read = {node.attr for top in main for node in ast.walk(top) if isinstance(node, ast.Attribute)}
+    for field in dataclasses.fields(bandit.Args):
+        assert field.name in read, f"{field.name} has no reader"
+        hint = hints[field.name]
+        assert field.default in typing.get_args(hint) or type(field.default) is hint, field.name
+
+
+def test_script_is_short_and_imports_nothing_of_this_repository():
+    assert len(SCRIPT.read_text().splitlines()) <= 500
+    assert not re.search(r"(?m)^(from|import) (som|mfp|benchmark)_?\w*", SCRIPT.read_text())
+
+
+# The script as a user runs it
+def run_script(folder, *flags):
+    env = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "MPLBACKEND")}
+    command = [sys.executable, SCRIPT, *flags]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env)
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    """The run folders of a short run of every task, by task; without a display."""
+    folders = {}
+    for task, extra in zip(TASKS, ("--bump-scale 0.5 --reward-noise 0.2", "--oracle-critic", ""), strict=True):
+        folder = tmp_path_factory.mktemp(task)
+        finished = run_script(folder, "--task", task, *TINY, *extra.split())
+        assert finished.returncode == 0, finished.stderr
+        assert "som: mean reward" in finished.stdout
+        (folders[task],) = (folder / "runs").iterdir()
+    return folders
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_run_writes_its_pictures_and_numbers(tiny_run, task):
+    folder = tiny_run[task]
+    expected = PICTURES | {"results.json", "samples.npz"} | ({"robustness.png"} if task == TASKS[0] else set())
+    assert {path.name for path in folder.iterdir()} == expected
+    for picture in expected - {"results.json", "samples.npz"}:
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG") and (folder / picture).stat().st_size > 10_000
+    results, samples = json.loads((folder / "results.json").read_text()), np.load(folder / "samples.npz")
+    policies = {"som", "mfp", "pf_ode"} | ({"som_clean", "mfp_clean"} if task == TASKS[0] else set())
+    assert results.keys() == policies | {"seconds", "config", "versions"}
+    assert results["config"]["task"] == task
+    ode = torch.as_tensor(samples["pf_ode_reference"])
+    for policy in policies:
+        expected = bandit.measure(bandit.Bandit(task), torch.as_tensor(samples[policy]), ode)
+        assert results[policy].keys() == expected.keys()
+        for key in ("mean_reward", "low_mode_share", "w2_to_pf_ode"):
+            assert results[policy][key] == pytest.approx(expected[key], rel=1e-5), key
+        assert results[policy]["mode_counts"] == expected["mode_counts"] and len(samples[policy]) == 2000
+        assert results[policy]["high_mode_share"] == expected["high_mode_share"]
+
+
+BAD_NUMBERS = {
+    "--seed": "-1", "--reward-noise": "-0.1", "--bump-scale": "nan", "--bump-std": "0", "--total-updates": "99",
+    "--num-envs": "0", "--learning-starts": "-1", "--batch-size": "0", "--policy-lr": "0", "--q-lr": "inf",
+    "--hidden-dim": "0", "--q-hidden-dim": "0", "--num-frequencies": "0", "--policy-tau": "1.5", "--noise-scale": "-1",
+    "--zero-r-ratio": "1.1", "--inverse-temperature": "0", "--num-mc-samples": "0", "--score-scale": "0",
+    "--beta-max": "0.05", "--best-of-n": "0",
+}  # fmt: skip
+
+
+def refused(capsys, *flags):
+    with pytest.raises(SystemExit) as stop:
+        bandit.check_args(bandit.tyro.cli(bandit.Args, args=flags))
+    output = capsys.readouterr()
+    assert stop.value.code == 2 and output.out == "" and len(output.err.splitlines()) == 1
+    return output.err
+
+
+@pytest.mark.parametrize("flag", BAD_NUMBERS)
+def test_bad_numbers_are_refused(capsys, flag):
+    assert flag in refused(capsys, "--reference", "uniform", flag, BAD_NUMBERS[flag])
+
+
+def test_every_number_has_a_bad_value_above():
+    numbers = {field.name for field in dataclasses.fields(bandit.Args) if type(field.default) in (int, float)}
+    assert {f"--{name.replace('_', '-')}" for name in numbers} == BAD_NUMBERS.keys()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--score-scale 25", "--reference uniform"),
+        ("--beta-max 2", "--reference uniform"),
+        ("--oracle-critic --reward-noise 0.2", "learned critic"),
+        ("--oracle-critic --bump-scale 1", "learned critic"),
+        ("--bump-std 1", "--bump-scale"),
+    ],
+)
+def test_flags_without_effect_are_refused(capsys, flags, words):
+    assert words in refused(capsys, *flags.split())
+
+
+def test_bad_input_of_the_real_script_writes_nothing(tmp_path):
+    for flags in (["--task", "three-moons"], ["--batch-size", "0"], ["--no-such-flag"], ["--seed", "one"]):
+        finished = run_script(tmp_path, *flags)
+        assert finished.returncode == 2 and finished.stderr and "Traceback" not in finished.stderr
+    assert not any(tmp_path.iterdir())
+
+
+# The numbers to reach: three seeds
+spec = importlib.util.spec_from_file_location("bandit_benchmark", ROOT / "benchmark" / "bandit.py")
+benchmark = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(benchmark)
+PRIOR, UNIFORM, LONG, LEARNED, UNIFORM_LEARNED = benchmark.SETTINGS
+
+
+@pytest.fixture(scope="module")
+def benchmark_args(tmp_path_factory):
+    folder = pathlib.Path(os.environ.get("BANDIT_RUNS") or tmp_path_factory.mktemp("bandit"))  # finished runs are kept
+    return benchmark.BanditArgs(out=folder, csv=folder / "bandit.csv")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed_", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("flags", "least_reward", "least", "most", "low"),
+    [
+        (PRIOR, 0.82, 0.18, 0.32, 1.0),
+        (LONG, 0.86, 0.18, 0.32, 1.0),
+        (UNIFORM, 0.0, 0.15, 1.0, 0.08),
+        (LEARNED, 0.77, 0.13, 0.37, 1.0),
+        (UNIFORM_LEARNED, 0.0, 0.10, 1.0, 0.13),
+    ],
+)
+def test_numbers_are_reached(benchmark_args, flags, least_reward, least, most, low, seed_):
+    args = dataclasses.replace(benchmark_args, settings=(flags,), seeds=(seed_,))
+    benchmark.main(args)
+    results = benchmark.result_of(args, flags, seed_)
+    assert results["som"]["mean_reward"] >= least_reward
+    assert least <= min(results["som"]["high_mode_share"]) and max(results["som"]["high_mode_share"]) <= most
+    assert results["som"]["low_mode_share"] <= low
+    assert sum(share > 0.02 for share in results["mfp"]["high_mode_share"]) < 4  # the baseline collapses
