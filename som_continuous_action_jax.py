@@ -396,7 +396,7 @@ def compile_functions(args, obs_dim, act_dim):
 
 
 def make_keys(seeds):
-    return jnp.stack([jax.random.PRNGKey(seed) for seed in seeds])  # (S, 2)
+    return jax.vmap(jax.random.PRNGKey)(np.array(seeds).astype(np.uint32))  # (S, 2)
 
 
 def evaluate(policy, env_id, seeds, video_folders, num_episodes=10):

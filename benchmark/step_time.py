@@ -1,4 +1,4 @@
-"""Time of one update and one action of som_continuous_action.py, beside the same matrix products alone.
+"""Time of one update and one action of SOM in PyTorch and in JAX, beside matrix products alone.
 
     python benchmark/step_time.py --csv benchmark/results/step_time.csv
 
@@ -15,11 +15,14 @@ import time
 from typing import Literal
 
 import gymnasium as gym
+import jax
+import numpy as np
 import torch
 import tyro
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import som_continuous_action as som
+import som_continuous_action_jax as som_jax
 
 PAPER = {"batch_size": 256, "num_mc_samples": 100, "best_of_n": 32, "hidden_dim": 256}
 SMALL = {"batch_size": 128, "num_mc_samples": 8, "best_of_n": 4, "hidden_dim": 64}
@@ -37,6 +40,8 @@ class BenchmarkArgs:
     """time for each measurement of a round"""
     cuda: bool = torch.cuda.is_available()
     """time on the GPU"""
+    torch_compile: bool = True
+    """time the PyTorch script compiled, too"""
     csv: pathlib.Path | None = None
     """also write the table to this file"""
 
@@ -80,6 +85,29 @@ def seconds_per_call(function, device, seconds):
     return (time.perf_counter() - start) / calls
 
 
+def jax_work(sizes, options, obs_dim, act_dim):
+    """One update, one action and one layer of the score's critics, by the JAX script's functions; that layer's flop."""
+    args = som_jax.Args(env_id=options.env_id, buffer_size=10_000, **sizes)
+    functions, keys = som_jax.compile_functions(args, obs_dim, act_dim), jax.numpy.stack([jax.random.PRNGKey(1)])
+    states, rng = [functions.init(keys)], np.random.default_rng(1)
+    buffer = jax.numpy.array(rng.uniform(-1, 1, (1, 10_000, 2 * obs_dim + act_dim + 2)), "float32").at[..., -1].set(0)
+    obs = rng.standard_normal((1, 1, obs_dim)).astype(np.float32)
+    shape = 2, args.batch_size * args.num_mc_samples, args.hidden_dim
+    left, right = jax.random.normal(keys[0], shape), jax.random.normal(keys[0], (2, shape[2], shape[2]))
+    product = jax.jit(jax.numpy.matmul)
+
+    def update():
+        states[0], _ = functions.update(states[0], buffer, 10_000, 0, keys)
+        jax.block_until_ready(states[0])
+
+    work = {
+        "product jax": lambda: product(left, right).block_until_ready(),
+        "update jax": update,
+        "action jax": lambda: np.asarray(functions.act(states[0], obs, keys, 0)[0]),
+    }
+    return work, 2 * left.size * shape[2]
+
+
 def measure(name, sizes, options):
     device = torch.device("cuda" if options.cuda else "cpu")
     env = gym.make(options.env_id)
@@ -87,7 +115,7 @@ def measure(name, sizes, options):
     kwargs = {"env_id": options.env_id, "cuda": options.cuda, **sizes}
     agents = {
         label: som.Agent(som.Args(compile=label == "compiled", **kwargs), obs_dim, act_dim, device)
-        for label in ("eager", "compiled")
+        for label in (("eager", "compiled") if options.torch_compile else ("eager",))
     }
     args = agents["eager"].args
     B = args.batch_size
@@ -110,6 +138,8 @@ def measure(name, sizes, options):
     for label, agent in agents.items():
         work[f"update {label}"] = lambda agent=agent: agent.update(batch)
         work[f"action {label}"] = lambda agent=agent: agent.act(one_obs)[0].cpu()
+    jax_functions, product_flop = jax_work(sizes, options, obs_dim, act_dim)
+    work |= jax_functions
     for function in work.values():  # compile and warm up
         for _ in range(3):
             function()
@@ -121,21 +151,37 @@ def measure(name, sizes, options):
     hardware = (
         torch.cuda.get_device_name() if options.cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
     )
-    row = {"sizes": name, "env_id": options.env_id, "hardware": hardware, "torch": torch.__version__}
+    row = {
+        "sizes": name,
+        "env_id": options.env_id,
+        "hardware": hardware,
+        "torch": torch.__version__,
+        "jax": jax.__version__,
+    }
     row["update_gflop"] = round(gflop, 2)
     for label in work:
         row[f"{label} ms"] = round(1e3 * statistics.median(r[label] for r in rounds), 3)
     for label in agents:
         ratios = [r[f"update {label}"] / r["products"] for r in rounds]
         row[f"update {label} / products"] = round(statistics.median(ratios), 2)
+    rate = [product_flop / r["product jax"] / 1e9 for r in rounds]
+    row["product jax GFLOP/s"] = round(statistics.median(rate), 1)
+    shares = [gflop / r["update jax"] / x for r, x in zip(rounds, rate, strict=True)]
+    row["update jax: share of the product's GFLOP/s"] = round(statistics.median(shares), 2)
+    for label in agents:
+        ratios = [r[f"update {label}"] / r["update jax"] for r in rounds]
+        row[f"update {label} / update jax"] = round(statistics.median(ratios), 2)
     return row
 
 
 if __name__ == "__main__":
     options = tyro.cli(BenchmarkArgs)
-    rows = [measure(name, {"paper": PAPER, "small": SMALL}[name], options) for name in options.sizes]
-    for row in rows:
-        print("\n".join(f"{key:28} {value}" for key, value in row.items()), end="\n\n")
+    if not options.cuda:
+        jax.config.update("jax_platforms", "cpu")
+    rows = []
+    for name in options.sizes:
+        rows.append(measure(name, {"paper": PAPER, "small": SMALL}[name], options))
+        print("\n".join(f"{key:44} {value}" for key, value in rows[-1].items()), end="\n\n", flush=True)
     if options.csv:
         options.csv.parent.mkdir(parents=True, exist_ok=True)
         with options.csv.open("w", newline="") as file:
