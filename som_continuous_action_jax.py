@@ -20,7 +20,6 @@ Shapes: B states, A action coordinates; networks take N actions in each state, (
 Everything up to `evaluate` is one agent; `vmap` makes S of them, whose seeds come first in every array of the loop.
 """
 
-import difflib
 import json
 import math
 import os
@@ -40,13 +39,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from jax.tree_util import Partial, keystr, tree_leaves_with_path
 from tensorboard.summary import Writer
 from tqdm import tqdm
 
 Batch = namedtuple("Batch", "obs next_obs actions rewards terminated")
-AgentState = namedtuple(
-    "AgentState", "actor acting_actor critic target_critic log_lambda mean_std policy_adam q_adam lambda_adam"
-)
+State = namedtuple("State", "actor acting_actor critic target_critic log_lambda mean_std actor_adam q_adam lambda_adam")
+make_keys = jax.vmap(jax.random.PRNGKey)  # seeds (S,) -> (S, 2)
 Functions = namedtuple("Functions", "init random explore act add update")
 
 
@@ -57,7 +56,6 @@ class Args:
     num_seeds: int = 1  # agents trained side by side (S), with the seeds seed, seed + 1, ...
     platform: Literal["auto", "cpu", "gpu"] = "auto"  # where to train (default: on the GPU where JAX finds one)
     track: bool = False  # also log to Weights and Biases
-    wandb_project_name: str = "som"  # the project there
     capture_video: bool = False  # record one episode of every evaluation in the run's folder
     save_model: bool = False  # write actor, critic and configuration to model.npz at the end
     # Algorithm specific arguments
@@ -68,9 +66,7 @@ class Args:
     buffer_size: int = 1_000_000  # transitions in the replay buffer
     batch_size: int = 256  # transitions in an update (B)
     updates_per_step: int = 1  # critic updates per step of all environments
-    policy_frequency: int = (
-        1  # critic updates per policy and target update; # differs from the paper: 2 in its code base
-    )
+    policy_frequency: int = 1  # critic updates per policy and target update; # differs from the paper: 2
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # rate of the moving averages: target networks, the critics' mean std
     policy_tau: float = 0.005  # rate of the moving average of the policy that acts; # differs from the paper: 1, none
@@ -90,8 +86,6 @@ class Args:
     score_scale: float = 10.0  # norm of the rescaled score of Eq 8 (w); # differs from the paper: 25, beta not printed
     beta_min: float = 0.1  # beta(0) of the VP schedule
     beta_max: float = 1.0  # beta(1) of the VP schedule
-    sigma_min: float = 0.01  # sigma(0) of the VE schedule
-    sigma_max: float = 1.0  # sigma(1) of the VE schedule, the std of its prior
     zero_r_ratio: float = 0.5  # share of the batch with r = 0, as in one-step acting; # differs from the paper: 0
     noise_scale: float = 0.1  # std of the exploration noise at lambda = 1
     autotune: bool = True  # move lambda: the noise is noise_scale lambda, alpha is inverse_temperature / lambda
@@ -106,9 +100,8 @@ def make_env(env_id: str, video_folder: str | None = None) -> gym.Env:
     env = gym.make(env_id, **{"render_mode": "rgb_array"} if video_folder else {})
     if video_folder:
         env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: episode == 0)
-    env = gym.wrappers.RecordEpisodeStatistics(env)
     # RescaleAction does not clip by itself, and control costs are computed from the unclipped action
-    return gym.wrappers.ClipAction(gym.wrappers.RescaleAction(env, -1.0, 1.0))
+    return gym.wrappers.ClipAction(gym.wrappers.RescaleAction(gym.wrappers.RecordEpisodeStatistics(env), -1.0, 1.0))
 
 
 # ALGO LOGIC: initialize agent here
@@ -127,8 +120,7 @@ def ensemble_mlp(layers, obs, x):
     h_obs = obs @ w_obs + b_0  # (size, B, H), shared by a state's N inputs
     h_x = (x.reshape(-1, x.shape[2]) @ w_x).reshape(len(w_0), *x.shape[:2], -1)  # (size, B, N, H)
     h = (h_obs[:, :, None] + h_x).reshape(len(w_0), -1, w_0.shape[2])  # (size, B * N, H)
-    for w, b in layers:
-        # the exact GELU; jax.nn.gelu asks for erfc, which takes a CPU twice as long
+    for w, b in layers:  # the exact GELU; jax.nn.gelu asks for erfc, which takes a CPU twice as long
         h = (0.5 * h * (1 + jax.lax.erf(h / math.sqrt(2)))) @ w + b
     return h.reshape(len(w_0), *x.shape[:2], -1)
 
@@ -163,8 +155,8 @@ def cosine_schedule(t):
     return jnp.cos(angle), jnp.sin(angle), -0.5 * beta, beta
 
 
-def ve_schedule(t, sigma_min, sigma_max):
-    """Variance exploding, sigma = sigma_min (sigma_max / sigma_min)^t (Eq 10, B.2)."""
+def ve_schedule(t, sigma_min=0.01, sigma_max=1.0):
+    """Variance exploding, sigma = sigma_min (sigma_max / sigma_min)^t (Eq 10, B.2); sigma_max is the prior's std."""
     log_ratio = math.log(sigma_max / sigma_min)
     sigma = sigma_min * jnp.exp(log_ratio * t)
     return jnp.ones_like(t), sigma, jnp.zeros_like(t), 2 * log_ratio * sigma**2
@@ -172,12 +164,10 @@ def ve_schedule(t, sigma_min, sigma_max):
 
 def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q_norm=None, clip=True):
     """Monte-Carlo score grad log p_t(a_t|s) (B, A) (Eq 4 and 5), and the logits alpha Q (B, K) of its samples.
-
     q_fn: (B, O), (B, K, A) -> (B, K). a_t: (B, A). mu, sigma: (B, 1). eps: (B, K, A) standard normal.
     reference: p_0 ~ exp(alpha Q) ("uniform") or p_0 ~ N(0, I) exp(alpha Q) ("prior", beyond the paper).
     q_norm: Q is divided by its std over all samples ("batch"), or by the mean over states of that of K ("state").
-    clip: Q is asked inside [-1, 1]^A only, where it was trained; outside, the gradient is zero.
-    """
+    clip: Q is asked inside [-1, 1]^A only, where it was trained; outside, the gradient is zero."""
 
     def log_sum_exp(a_t):
         # prior: the square of N(a_0; 0, I) N(a_t; mu a_0, sigma^2 I) completed
@@ -236,16 +226,12 @@ def sample(buffer, num_added, key, batch_size, obs_dim):
 
 def critic_loss(q_dist, target_q_dist, batch, next_actions, z, mean_std, args, eps=0.1):
     """Temporal differences of the twins, as in DACER or as plain squared errors (Section 4.4).
-
     q_dist, target_q_dist: (B, O), (B, 1, A) -> mean, std of the return, (2, B, 1). z: (B,) standard normal.
-    mean_std: (2, 1) moving average of the predicted std, NaN at first; info["mean_std"] is the next. eps: of DACER.
-    """
+    mean_std: (2, 1) moving average of the predicted std, NaN at first; info["mean_std"] is the next. eps: of DACER."""
     mean, std = (x.squeeze(-1) for x in target_q_dist(batch.next_obs, next_actions[:, None]))  # (2, B)
-    smaller = mean.argmin(axis=0, keepdims=True)  # (1, B)
-    mean, std = (jnp.take_along_axis(x, smaller, axis=0)[0] for x in (mean, std))  # (B,)
+    mean, std = (jnp.where(mean[0] <= mean[1], *x) for x in (mean, std))  # (B,), of the smaller mean
     rewards, discount = args.reward_scale * batch.rewards, args.gamma * (1 - batch.terminated)
-    y = jax.lax.stop_gradient(rewards + discount * mean)
-    y_sample = rewards + discount * (mean + std * jnp.clip(z, -3, 3))
+    y, y_sample = jax.lax.stop_gradient([rewards + discount * q for q in (mean, mean + std * jnp.clip(z, -3, 3))])
     mean, std = (x.squeeze(-1) for x in q_dist(batch.obs, batch.actions[:, None]))  # (2, B)
     batch_std = jax.lax.stop_gradient(std.mean(axis=1, keepdims=True))
     mean_std = jnp.where(jnp.isnan(mean_std), batch_std, mean_std + args.tau * (batch_std - mean_std))
@@ -253,8 +239,8 @@ def critic_loss(q_dist, target_q_dist, batch, next_actions, z, mean_std, args, e
         loss = jnp.square(mean - y).mean(axis=1).sum()
     else:  # its gradient is DACER's: the mean is pulled to y, the std to the spread of the bounded sampled target
         spread = jnp.square(jnp.clip(y_sample - mean, -3 * mean_std, 3 * mean_std))
-        mean_pull = jax.lax.stop_gradient((y - mean) / (jnp.square(std) + eps))
-        std_pull = jax.lax.stop_gradient((spread - jnp.square(std)) / (std**3 + eps))
+        pulls = (y - mean) / (jnp.square(std) + eps), (spread - jnp.square(std)) / (std**3 + eps)
+        mean_pull, std_pull = jax.lax.stop_gradient(pulls)
         loss = -((jnp.square(mean_std) + eps) * (mean_pull * mean + std_pull * std)).mean(axis=1).sum()
     info = {"mean_std": mean_std, "losses/qf_loss": loss, "losses/qf_std": batch_std.mean()}
     info |= {"losses/qf_values": mean.mean(), "losses/td_error": jnp.square(y - mean).mean()}
@@ -263,25 +249,22 @@ def critic_loss(q_dist, target_q_dist, batch, next_actions, z, mean_std, args, e
 
 def actor_loss(u_fn, q_fn, batch, uniform, eps, mc_eps, alpha, args):
     """The policy regressed on the velocity field of exp(alpha Q) (Eq 5 to 8).
-
-    u_fn, q_fn: of N actions a state, as the networks. uniform: (B, 2). eps: (B, A) and mc_eps: (B, K, A) normal.
-    """
+    u_fn, q_fn: of N actions a state, as the networks. uniform: (B, 2). eps: (B, A) and mc_eps: (B, K, A) normal."""
     r, t = sample_r_t(uniform, args.zero_r_ratio)
     if args.reference == "prior":
         mu, sigma, f, g2 = cosine_schedule(t)
     elif args.sde == "vp":
         mu, sigma, f, g2 = vp_schedule(t, args.beta_min, args.beta_max)
     else:
-        mu, sigma, f, g2 = ve_schedule(t, args.sigma_min, args.sigma_max)
+        mu, sigma, f, g2 = ve_schedule(t)
     a_t = mu * batch.actions + sigma * eps
     score, logits = estimate_score(q_fn, batch.obs, a_t, mu, sigma, mc_eps, alpha, args.reference, args.q_norm)
     v = pf_ode_velocity(a_t, score, f, g2, args.score_scale if args.reference == "uniform" else None)
     loss, dudt = meanflow_loss(partial(u_fn, batch.obs), *(x[:, None] for x in (a_t, r, t, v)))
     info = {"losses/actor_loss": loss.mean(), "score/norm": jnp.linalg.norm(score, axis=-1).mean()}
     info["score/effective_sample_size"] = (1 / jnp.square(jax.nn.softmax(logits, axis=1)).sum(axis=1)).mean()
-    info["velocity/norm"] = jnp.linalg.norm(v, axis=-1).mean()
-    dudt_norm = jnp.linalg.norm((t - r)[:, None] * dudt, axis=-1).mean()
-    info["velocity/dudt_ratio"] = dudt_norm / info["velocity/norm"]
+    v_norm, dudt_norm = (jnp.linalg.norm(x, axis=-1).mean() for x in (v, (t - r)[:, None] * dudt))
+    info |= {"velocity/norm": v_norm, "velocity/dudt_ratio": dudt_norm / v_norm}
     for i in range(4):
         in_bin = jnp.floor(4 * t) == i  # (B, 1)
         info[f"losses/actor_loss_t{i}"] = (loss * in_bin).sum() / jnp.maximum(in_bin.sum(), 1)
@@ -295,7 +278,7 @@ def init_agent(key, args, obs_dim, act_dim):
     log_lambda, mean_std = jnp.log(args.initial_lambda if args.autotune else 1.0), jnp.full((2, 1), math.nan)
     adams = [optax.adam(0.0).init(parameters) for parameters in (actor, critic, log_lambda)]
     acting_actor, target_critic = jax.tree.map(jnp.copy, (actor, critic))  # no array may be donated twice
-    return AgentState(actor, acting_actor, critic, target_critic, log_lambda, mean_std, *adams)
+    return State(actor, acting_actor, critic, target_critic, log_lambda, mean_std, *adams)
 
 
 def q_of_twins(critic, args, obs, a):
@@ -306,66 +289,55 @@ def act(state, obs, key, step, args, explore=False):
     """Best-of-N actions (B, A) in states (B, O), with exploration noise or without, and all N candidates."""
     noise_key, explore_key = jax.random.split(jax.random.fold_in(key, step))
     noise = jax.random.normal(noise_key, (len(obs), args.best_of_n, state.actor[-1][1].shape[-1]))
-    noise = args.sigma_max * noise if args.sde == "ve" else noise
     u_fn, q_fn = partial(meanflow_actor, state.acting_actor), partial(q_of_twins, state.critic, args)
     a, candidates = best_of_n(u_fn, q_fn, obs, noise)
     if explore:
-        scale = args.noise_scale * jnp.exp(state.log_lambda)
-        a = jnp.clip(a + scale * jax.random.normal(explore_key, a.shape), -1, 1)
-    return a, candidates
+        a += args.noise_scale * jnp.exp(state.log_lambda) * jax.random.normal(explore_key, a.shape)
+    return jnp.clip(a, -1, 1), candidates
 
 
-def adam(loss_fn, parameters, adam_state, lr):
-    """A step on loss_fn(parameters) -> (loss, info): parameters, state, info."""
-    gradient, info = jax.grad(loss_fn, has_aux=True)(parameters)
+def adam(gradient, parameters, adam_state, lr):
     step, adam_state = optax.adam(lr).update(gradient, adam_state)
-    return optax.apply_updates(parameters, step), adam_state, info
+    return optax.apply_updates(parameters, step), adam_state
 
 
 def update(state, buffer, num_added, num_updates, key, args, obs_dim):
-    """Update the critics updates_per_step times and, when it is due, the policy, the target networks and lambda.
-
-    buffer has num_added rows, num_updates are past. Returns the state and the latest value of every diagnostic.
-    """
+    """U updates of the critics and, when due, of policy, targets and lambda; the latest value of every diagnostic."""
 
     def one_update(state, number):
         keys = jax.random.split(jax.random.fold_in(key, number), 6)
         batch = sample(buffer, num_added, keys[0], args.batch_size, obs_dim)
-        B, A = batch.actions.shape
-        next_actions, candidates = act(state, batch.next_obs, keys[1], 0, args)
+        (B, A), (next_actions, candidates) = batch.actions.shape, act(state, batch.next_obs, keys[1], 0, args)
         z, target_q_dist = jax.random.normal(keys[2], (B,)), partial(q_network, state.target_critic)
-
-        def q_loss(critic):
-            return critic_loss(partial(q_network, critic), target_q_dist, batch, next_actions, z, state.mean_std, args)
-
-        critic, q_adam, info = adam(q_loss, state.critic, state.q_adam, args.q_lr)
+        rest = target_q_dist, batch, next_actions, z, state.mean_std, args
+        gradient, info = jax.grad(critic_loss, has_aux=True)(Partial(q_network, state.critic), *rest)
+        critic, q_adam = adam(gradient.args[0], state.critic, state.q_adam, args.q_lr)  # args: of the Partial
+        state = state._replace(critic=critic, q_adam=q_adam, mean_std=info.pop("mean_std"))
         info["actions/candidate_std"] = candidates.std(axis=1).mean()
         info["actions/saturated"] = (jnp.abs(candidates) > 0.99).mean()
-        alpha, q_fn = args.inverse_temperature / jnp.exp(state.log_lambda), partial(q_of_twins, critic, args)
-
-        def policy_loss(actor):
-            uniform, eps = jax.random.uniform(keys[3], (B, 2)), jax.random.normal(keys[4], (B, A))
-            mc_eps = jax.random.normal(keys[5], (B, args.num_mc_samples, A))
-            return actor_loss(partial(meanflow_actor, actor), q_fn, batch, uniform, eps, mc_eps, alpha, args)
 
         def update_policy(state):
-            actor, policy_adam, info = adam(policy_loss, state.actor, state.policy_adam, args.policy_lr)
-            target_critic = optax.incremental_update(critic, state.target_critic, args.tau)
+            alpha, q_fn = args.inverse_temperature / jnp.exp(state.log_lambda), partial(q_of_twins, state.critic, args)
+            uniform, eps = jax.random.uniform(keys[3], (B, 2)), jax.random.normal(keys[4], (B, A))
+            mc_eps = jax.random.normal(keys[5], (B, args.num_mc_samples, A))
+            rest = q_fn, batch, uniform, eps, mc_eps, alpha, args
+            gradient, info = jax.grad(actor_loss, has_aux=True)(Partial(meanflow_actor, state.actor), *rest)
+            actor, actor_adam = adam(gradient.args[0], state.actor, state.actor_adam, args.policy_lr)
+            target_critic = optax.incremental_update(state.critic, state.target_critic, args.tau)
             acting_actor = optax.incremental_update(actor, state.acting_actor, args.policy_tau)
-            networks = {"actor": actor, "acting_actor": acting_actor, "target_critic": target_critic}
-            return state._replace(policy_adam=policy_adam, **networks), info | {"losses/alpha": alpha}
+            state = state._replace(actor=actor, actor_adam=actor_adam, target_critic=target_critic)
+            return state._replace(acting_actor=acting_actor), info | {"losses/alpha": alpha}
 
         def update_lambda(state):
             entropy = 0.5 * math.log(2 * math.pi * math.e * args.noise_scale**2) + state.log_lambda
-            lambda_loss = partial(lambda missing, x: (x * missing, {}), entropy - args.target_entropy)
-            log_lambda, lambda_adam, _ = adam(lambda_loss, state.log_lambda, state.lambda_adam, args.alpha_lr)
+            gradient = entropy - args.target_entropy
+            log_lambda, lambda_adam = adam(gradient, state.log_lambda, state.lambda_adam, args.alpha_lr)
             return state._replace(log_lambda=log_lambda, lambda_adam=lambda_adam)
 
-        state = state._replace(critic=critic, q_adam=q_adam, mean_std=info.pop("mean_std"))
         # all seeds share the number of the update, so that vmap keeps the conditions: what is not due costs nothing
         no_info = jax.tree.map(lambda x: jnp.zeros(x.shape), jax.eval_shape(update_policy, state)[1])
-        due = number % args.policy_frequency == 0
-        state, policy_info = jax.lax.cond(due, update_policy, lambda state: (state, no_info), state)
+        branches = update_policy, lambda state: (state, no_info)
+        state, policy_info = jax.lax.cond(number % args.policy_frequency == 0, *branches, state)
         if args.autotune:
             state = jax.lax.cond(number % args.alpha_delay == 0, update_lambda, lambda state: state, state)
         return state, (info, policy_info)
@@ -378,35 +350,21 @@ def update(state, buffer, num_added, num_updates, key, args, obs_dim):
 
 def compile_functions(args, obs_dim, act_dim):
     """What the loop calls, for S agents: arrays, states and keys have S in front; the counters are shared."""
-
-    def over_seeds(function, *axes, **kwargs):
-        return jax.jit(jax.vmap(function, axes), **kwargs)
-
-    def random(key, step):
-        return jax.random.uniform(jax.random.fold_in(key, step), (args.num_envs, act_dim), minval=-1)
-
-    return Functions(
-        init=over_seeds(partial(init_agent, args=args, obs_dim=obs_dim, act_dim=act_dim), 0),
-        random=over_seeds(random, 0, None),
-        explore=over_seeds(partial(act, args=args, explore=True), 0, 0, 0, None),
-        act=over_seeds(partial(act, args=args), 0, 0, 0, None),
-        add=over_seeds(add, 0, None, 0, donate_argnums=0),
-        update=over_seeds(partial(update, args=args, obs_dim=obs_dim), 0, 0, None, None, 0, donate_argnums=0),
-    )
-
-
-def make_keys(seeds):
-    return jax.vmap(jax.random.PRNGKey)(np.array(seeds).astype(np.uint32))  # (S, 2)
+    uniform = partial(jax.random.uniform, shape=(args.num_envs, act_dim), minval=-1)
+    random = jax.vmap(lambda key, step: uniform(jax.random.fold_in(key, step)), (0, None))
+    init = jax.vmap(partial(init_agent, args=args, obs_dim=obs_dim, act_dim=act_dim))
+    explore, greedy = (jax.vmap(partial(act, args=args, explore=x), (0, 0, 0, None)) for x in (True, False))
+    updates = jax.vmap(partial(update, args=args, obs_dim=obs_dim), (0, 0, None, None, 0))
+    functions = map(jax.jit, (init, random, explore, greedy))
+    donating = (jax.jit(function, donate_argnums=0) for function in (jax.vmap(add, (0, None, 0)), updates))
+    return Functions(*functions, *donating)
 
 
 def evaluate(policy, env_id, seeds, video_folders, num_episodes=10):
-    """Undiscounted returns (S, num_episodes) of seeded episodes without exploration, on random numbers of their own.
-
-    policy: observations (S, num_episodes, O), keys (S, 2), step -> actions (S, num_episodes, A).
-    """
+    """Returns (S, num_episodes) without exploration or discount; policy: obs (S, num_episodes, O), keys, step -> a."""
     folders = [None if i else folder for folder in video_folders for i in range(num_episodes)]
     envs = gym.vector.SyncVectorEnv([partial(make_env, env_id, f) for f in folders], autoreset_mode="SameStep")
-    returns, running, keys, step = np.zeros(len(folders)), np.ones(len(folders), bool), make_keys(seeds), 0
+    returns, running, keys, step = np.zeros(len(folders)), np.ones(len(folders), bool), make_keys(np.uint32(seeds)), 0
     obs, _ = envs.reset(seed=[seed + i for seed in seeds for i in range(num_episodes)])
     while running.any():
         actions, _ = policy(obs.astype(np.float32).reshape(len(seeds), num_episodes, -1), keys, step)
@@ -417,44 +375,37 @@ def evaluate(policy, env_id, seeds, video_folders, num_episodes=10):
 
 
 def fail(message: str, code: int = 2):
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", *message.split(), file=sys.stderr)  # one line
     sys.exit(code)
 
 
 def check_args(args: Args) -> tuple[int, int]:
     """Observation and action dimension of the environment; one line and exit code 2 where the run cannot start."""
-    zero_too = "seed", "learning_starts", "gamma", "zero_r_ratio", "noise_scale"
+    zero_too = "seed", "learning_starts", "gamma", "zero_r_ratio", "" if args.autotune else "noise_scale"
     for name, value in vars(args).items():
-        low = -math.inf if name == "target_entropy" else 0
+        low = {"target_entropy": -math.inf, "num_mc_samples": 1}.get(name, 0)
         high = 1 if name in ("gamma", "tau", "policy_tau", "zero_r_ratio") else 2**63
         if type(value) in (int, float) and not (low < value <= high or (value == 0 and name in zero_too)):
             fail(f"--{name.replace('_', '-')} must be in {'[' if name in zero_too else '('}{low}, {high}], got {value}")
     rules = {
         "--beta-max must be >= --beta-min": args.beta_max >= args.beta_min,
-        "--sigma-max must be > --sigma-min": args.sigma_max > args.sigma_min,
         "--total-timesteps must be > --learning-starts": args.total_timesteps >= args.learning_starts + args.num_envs,
-        "--num-mc-samples must be >= 2: Q is divided by its std": args.num_mc_samples >= 2,
-        "--autotune needs --noise-scale > 0": args.noise_scale > 0 or not args.autotune,
         "--reference prior needs --sde vp": args.reference == "uniform" or args.sde == "vp",
         "--platform gpu: JAX finds no GPU here": args.platform != "gpu" or jax.default_backend() == "gpu",
         "--track needs wandb: pip install wandb": not args.track or util.find_spec("wandb"),
         "--capture-video needs moviepy: pip install moviepy": not args.capture_video or util.find_spec("moviepy"),
     }
-    for rule in [rule for rule, holds in rules.items() if not holds]:
-        fail(rule)
     try:
         env = gym.make(args.env_id, **{"render_mode": "rgb_array"} if args.capture_video else {})
         _ = args.capture_video and (env.reset(), env.render())
-    except gym.error.UnregisteredEnv:
-        nearest = difflib.get_close_matches(args.env_id, gym.registry, n=1, cutoff=0)[0]
-        fail(f"--env-id {args.env_id} is unknown; the nearest known id is {nearest}")
-    except Exception as error:
-        fail(" ".join(str(error).split()) + ("; use Pusher-v5 instead" if args.env_id == "Pusher-v4" else ""))
+    except Exception as error:  # of an unknown id, it names the nearest
+        fail(f"{error}{'; use Pusher-v5 instead' if args.env_id == 'Pusher-v4' else ''}")
     for kind, space in ("observations", env.observation_space), ("actions", env.action_space):
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            fail(f"--env-id {args.env_id} has {kind} {space}; supported are flat continuous ones, a Box of shape (n,)")
-    if not (np.isfinite(env.action_space.low).all() and np.isfinite(env.action_space.high).all()):
-        fail(f"--env-id {args.env_id} has the unbounded actions {env.action_space}; a bounded Box is supported")
+        rule = f"--env-id {args.env_id} has {kind} {space}; supported are flat continuous ones, bounded for actions"
+        flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
+        rules[rule] = flat and (kind == "observations" or space.is_bounded())
+    for rule in [rule for rule, holds in rules.items() if not holds]:
+        fail(rule)
     margins = getattr(getattr(env.unwrapped, "model", None), "geom_margin", np.zeros(1))
     if margins.any() and tuple(map(int, metadata.version("mujoco").split(".")[:2])) >= (3, 5):
         print(f"warning: mujoco >= 3.5 changed the contacts of {args.env_id}; use mujoco < 3.5", file=sys.stderr)
@@ -469,24 +420,23 @@ if __name__ == "__main__":
     S, seeds = args.num_seeds, range(args.seed, args.seed + args.num_seeds)
     stem, suffix = f"{args.env_id}__{args.exp_name}".replace("/", "_"), f"{int(time.time())}_{os.getpid()}"
     run_folders = [f"runs/{stem}__{seed}__{suffix}" for seed in seeds]
-    packages = "jax", "optax", "gymnasium", "mujoco", "numpy", "tyro"
-    versions = {package: metadata.version(package) for package in packages} | {"python": sys.version.split()[0]}
+    versions = {name: metadata.version(name) for name in ("jax", "optax", "gymnasium", "mujoco", "numpy", "tyro")}
+    versions["python"] = sys.version.split()[0]
     config = asdict(args) | {"script": pathlib.Path(__file__).name, "first_seed": args.seed, "versions": versions}
     if args.track:
-        name = f"{stem}__{args.seed}__{suffix}"
-        import_module("wandb").init(project=args.wandb_project_name, name=name, config=config, sync_tensorboard=True)
+        import_module("wandb").init(project="som", name=run_folders[0][5:], config=config, sync_tensorboard=True)
+    writers, tables = [], []
     for seed, run_folder in zip(seeds, run_folders, strict=True):
         os.makedirs(run_folder)
         pathlib.Path(run_folder, "config.json").write_text(json.dumps(config | {"seed": seed}, indent=2))
-    writers, tables = zip(
-        *((Writer(x), open(f"{x}/evaluations.csv", "w", buffering=1)) for x in run_folders), strict=True
-    )
-    for table in tables:
-        table.write("global_step,num_updates,return_mean,return_std,wall_time_s\n")
+        writers.append(Writer(run_folder))
+        tables.append(open(f"{run_folder}/evaluations.csv", "w", buffering=1))
+        tables[-1].write("global_step,num_updates,return_mean,return_std,wall_time_s\n")
     # TRY NOT TO MODIFY: seeding
     generated = np.array([np.random.SeedSequence(seed).generate_state(args.num_envs + 1) for seed in seeds])
     env_seeds, eval_seeds = generated[:, :-1].flatten().tolist(), generated[:, -1].tolist()
-    init_keys, act_keys, update_keys = jax.vmap(partial(jax.random.split, num=3), out_axes=1)(make_keys(seeds))
+    keys = make_keys(np.array(seeds).astype(np.uint32))
+    init_keys, act_keys, update_keys = jax.vmap(partial(jax.random.split, num=3), out_axes=1)(keys)
     # env setup: SameStep resets an environment in the step that ends its episode; each seed has num_envs, in its order
     envs = gym.vector.SyncVectorEnv(len(env_seeds) * [partial(make_env, args.env_id)], autoreset_mode="SameStep")
     obs, _ = envs.reset(seed=env_seeds)
@@ -512,10 +462,10 @@ if __name__ == "__main__":
         real_next_obs = next_obs.copy()
         for i in np.flatnonzero(terminated | truncated):
             real_next_obs[i] = infos["final_obs"][i]
-            episodic_return = infos["final_info"]["episode"]["r"][i]
-            writers[i // args.num_envs].add_scalar("charts/episodic_return", episodic_return, global_step)
-            length = infos["final_info"]["episode"]["l"][i]
-            writers[i // args.num_envs].add_scalar("charts/episodic_length", length, global_step)
+            writer, episode = writers[i // args.num_envs], infos["final_info"]["episode"]
+            episodic_return = episode["r"][i]
+            writer.add_scalar("charts/episodic_return", episodic_return, global_step)
+            writer.add_scalar("charts/episodic_length", episode["l"][i], global_step)
         rows = np.column_stack([obs, real_next_obs, actions, rewards, terminated]).astype(np.float32)
         buffer = agents.add(buffer, num_added, rows.reshape(S, args.num_envs, -1))
         obs, num_added = next_obs, num_added + args.num_envs
@@ -542,10 +492,9 @@ if __name__ == "__main__":
                 writers[k].add_scalar("charts/eval_return", mean, global_step)
                 tqdm.write(f"step {global_step}: evaluation return {mean:.1f} +- {std:.1f}, seed {seeds[k]}")
     if args.save_model:
-        for k, run_folder in enumerate(run_folders):  # arrays actor.0.weight, actor.0.bias, ...
-            networks = {"actor": state.acting_actor, "critic": state.critic}.items()
-            layers = [(f"{name}.{i}", *layer) for name, network in networks for i, layer in enumerate(network)]
-            arrays = {f"{name}.weight": w[k] for name, w, _ in layers} | {f"{name}.bias": b[k] for name, _, b in layers}
+        leaves = tree_leaves_with_path({"actor": state.acting_actor, "critic": state.critic})
+        for k, run_folder in enumerate(run_folders):
+            arrays = {keystr(path, simple=True, separator="."): leaf[k] for path, leaf in leaves}
             np.savez(f"{run_folder}/model.npz", config=pathlib.Path(run_folder, "config.json").read_text(), **arrays)
     for writer in writers:
         writer.close()

@@ -68,6 +68,7 @@ def defaults_of(script):
 def command_of(config):
     """The command line that makes a run: every field whose value is not the default."""
     script = script_of(config)
+    config = config | {"seed": config.get("first_seed", config["seed"])}  # a run of several seeds has one command
     words = [f"python {script}"]
     for name, value in config.items():
         flag = name.replace("_", "-")

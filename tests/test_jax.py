@@ -84,7 +84,7 @@ def to_jax(network):
 
 def networks(seed=1):
     torch.manual_seed(seed)
-    return som.MeanFlowActor(O, A, 16, 2), som.QNetwork(O, A, 16, 2), som.QNetwork(O, A, 16, 2)
+    return som.MeanFlowActor(O, A, 16, 2), som.QNetwork(2, O, A, 2, 16, 2), som.QNetwork(2, O, A, 2, 16, 2)
 
 
 def gradients(network):
@@ -312,8 +312,8 @@ def test_seed_k_of_a_run_is_the_single_run_with_that_seed(monkeypatch, tmp_path)
         assert {"charts/SPS", "losses/qf_loss", "losses/actor_loss_t3", "losses/alpha"} <= logged.keys()
         model = np.load(f"{folder}/model.npz")  # allow_pickle is False
         assert json.loads(str(model["config"]))["seed"] == seed
-        np.testing.assert_array_equal(model["critic.0.weight"], pair.state.critic[0][0][seed - 1])
-        assert model["actor.3.bias"].shape == (1, 1, 2)
+        np.testing.assert_array_equal(model["critic.0.0"], pair.state.critic[0][0][seed - 1])
+        assert model["actor.3.1"].shape == (1, 1, 2)
 
 
 def test_a_value_that_is_not_finite_stops_the_run(monkeypatch, tmp_path, capsys):
