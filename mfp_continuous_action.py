@@ -22,13 +22,14 @@ Shapes: B states, A action coordinates; networks take N actions in each state, (
 """
 
 import copy
-import difflib
 import json
 import math
 import os
 import pathlib
+import signal
 import sys
 import time
+import zipfile
 from collections import namedtuple
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -40,12 +41,12 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 Batch = namedtuple("Batch", "obs next_obs actions rewards terminated")
+FORMAT = f"{pathlib.Path(__file__).name}, checkpoints of version 1"
 
 
 @dataclass
@@ -55,9 +56,12 @@ class Args:
     cuda: bool = torch.cuda.is_available()  # train on the GPU (default: where there is one)
     compile: bool = torch.cuda.is_available()  # compile acting and losses, on a GPU with CUDA graphs (default: there)
     track: bool = False  # also log to Weights and Biases
-    wandb_project_name: str = "som"  # the project there
     capture_video: bool = False  # record one episode of every evaluation in the run's folder
     save_model: bool = False  # write actor, critic and configuration to model.pt at the end
+    checkpoint_frequency: int = 50_000  # environment steps between checkpoints; also at both ends, SIGINT and SIGTERM
+    resume: str | None = None  # folder of a run (or a checkpoint in it) to go on with, in fresh episodes
+    evaluate: str | None = None  # folder of a run (or a checkpoint in it) to evaluate instead of training
+    num_episodes: int = 10  # episodes of an evaluation
     # Algorithm specific arguments
     env_id: str = "Walker2d-v4"  # Gymnasium id: flat observations, a bounded continuous action box
     total_timesteps: int = 5_000_000  # environment steps, over all environments
@@ -66,9 +70,7 @@ class Args:
     buffer_size: int = 1_000_000  # transitions in the replay buffer
     batch_size: int = 256  # transitions in an update (B)
     updates_per_step: int = 1  # critic updates per step of all environments
-    policy_frequency: int = (
-        1  # critic updates per policy and target update; # differs from the paper: 2 in its code base
-    )
+    policy_frequency: int = 1  # critic updates per policy and target update; # differs from the paper: 2
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # rate of the target networks' moving average
     reward_scale: float = 0.2  # factor on the reward
@@ -88,9 +90,8 @@ def make_env(env_id: str, video_folder: str | None = None) -> gym.Env:
     env = gym.make(env_id, **{"render_mode": "rgb_array"} if video_folder else {})
     if video_folder:
         env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: episode == 0)
-    env = gym.wrappers.RecordEpisodeStatistics(env)
     # RescaleAction does not clip by itself, and control costs are computed from the unclipped action
-    return gym.wrappers.ClipAction(gym.wrappers.RescaleAction(env, -1.0, 1.0))
+    return gym.wrappers.ClipAction(gym.wrappers.RescaleAction(gym.wrappers.RecordEpisodeStatistics(env), -1.0, 1.0))
 
 
 # ALGO LOGIC: initialize agent here
@@ -99,26 +100,21 @@ class EnsembleMLP(nn.Module):
 
     def __init__(self, size: int, obs_dim: int, in_dim: int, out_dim: int, hidden_dim: int, num_layers: int):
         super().__init__()
-        dims = [obs_dim + in_dim, *num_layers * [hidden_dim], out_dim]
+        dims = [obs_dim + in_dim, *num_layers * [hidden_dim], out_dim]  # weights (size, in, out), biases (size, 1, out)
         init = [(torch.empty(size, i + 1, o).uniform_(-1, 1) / i**0.5).split([i, 1], 1) for i, o in pairwise(dims)]
-        self.weights = nn.ParameterList(weight.clone() for weight, _ in init)  # (size, in, out)
-        self.biases = nn.ParameterList(bias.clone() for _, bias in init)  # (size, 1, out)
+        self.weights, self.biases = (nn.ParameterList(x.clone() for x in xs) for xs in zip(*init, strict=True))
 
     def forward(self, obs: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        (w_0, *weights), (b_0, *biases) = self.weights, self.biases
-        w_obs, w_x = w_0.split([obs.shape[1], x.shape[2]], dim=1)
-        h_obs = torch.baddbmm(b_0, obs.expand(len(w_0), -1, -1), w_obs)  # (size, B, H), shared by a state's N inputs
+        w_obs, w_x = self.weights[0].split([obs.shape[1], x.shape[2]], dim=1)
+        h_obs = torch.baddbmm(self.biases[0], obs.expand(len(w_obs), -1, -1), w_obs)  # (size, B, H), once for N inputs
         h = (h_obs.unsqueeze(2) + (x.flatten(0, 1) @ w_x).unflatten(1, x.shape[:2])).flatten(1, 2)  # (size, B * N, H)
-        for w, b in zip(weights, biases, strict=True):
-            h = torch.baddbmm(b, F.gelu(h), w)
+        for w, b in list(zip(self.weights, self.biases, strict=True))[1:]:
+            h = torch.baddbmm(b, nn.functional.gelu(h), w)
         return h.unflatten(1, x.shape[:2])
 
 
 class QNetwork(EnsembleMLP):
     """Twin critics: the return, (2, B, N), of N actions (B, N, A) in each of B states (B, O)."""
-
-    def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int, num_layers: int):
-        super().__init__(2, obs_dim, act_dim, 1, hidden_dim, num_layers)
 
     def forward(self, obs: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         return super().forward(obs, a).squeeze(-1)
@@ -170,22 +166,23 @@ def best_of_n(u_fn, q_fn, obs, noise):
 
 
 class ReplayBuffer:
-    """Ring of transitions on the training device; only `terminated` is stored as the end of an episode."""
+    """Ring of transitions, a row each, on the training device; only `terminated` is stored as the end of an episode."""
 
-    def __init__(self, size: int, obs_dim: int, act_dim: int, device: torch.device):
-        self.size, self.num_added = size, 0
-        shapes = (size, obs_dim), (size, obs_dim), (size, act_dim), (size,), (size,)
-        self.data = Batch(*(torch.empty(shape, device=device) for shape in shapes))
+    def __init__(self, size: int, obs_dim: int, act_dim: int, device: torch.device, file: str | None = None):
+        self.num_added, self.widths = 0, [obs_dim, obs_dim, act_dim, 1, 1]
+        shape = size, sum(self.widths)  # a file is memory-mapped: it keeps its rows, a checkpoint writes what is new
+        self.disk = torch.from_file(file, True, math.prod(shape)).view(shape) if file else torch.empty(shape)
+        self.rows = self.disk.to(device)  # on the CPU the same memory
 
-    def add(self, obs, next_obs, actions, rewards, terminated) -> None:
-        slots = torch.arange(self.num_added, self.num_added + len(obs)) % self.size
-        self.num_added += len(obs)
-        for column, rows in zip(self.data, (obs, next_obs, actions, rewards, terminated), strict=True):
-            column[slots] = torch.as_tensor(rows, dtype=torch.float32).to(column.device)
+    def add(self, *columns) -> None:
+        rows = torch.as_tensor(np.column_stack(columns), dtype=torch.float32)
+        slots = torch.arange(self.num_added, self.num_added + len(rows)) % len(self.rows)
+        self.rows[slots], self.disk[slots], self.num_added = rows.to(self.rows.device), rows, self.num_added + len(rows)
 
     def sample(self, batch_size: int) -> Batch:
-        slots = torch.randint(min(self.num_added, self.size), (batch_size,), device=self.data.obs.device)
-        return Batch(*(column[slots] for column in self.data))
+        slots = torch.randint(min(self.num_added, len(self.rows)), (batch_size,), device=self.rows.device)
+        *columns, rewards, terminated = self.rows[slots].split(self.widths, dim=1)
+        return Batch(*columns, rewards.squeeze(1), terminated.squeeze(1))
 
 
 def critic_loss(q_twins, target_q_twins, batch, next_actions, args):
@@ -224,15 +221,18 @@ def actor_loss(u_fn, batch, best_actions, uniform, eps, args):
     return loss.mean(), info
 
 
-class Agent:
+class Agent(nn.Module):
     def __init__(self, args: Args, obs_dim: int, act_dim: int, device: torch.device):
+        super().__init__()
         self.args, self.act_dim, self.device, self.num_updates = args, act_dim, device, 0
         self.actor = MeanFlowActor(obs_dim, act_dim, args.hidden_dim, args.num_layers).to(device)
         self.acting_actor = self.actor
-        self.critic = QNetwork(obs_dim, act_dim, args.hidden_dim, args.num_layers).to(device)
+        self.critic = QNetwork(2, obs_dim, act_dim, 1, args.hidden_dim, args.num_layers).to(device)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        self.policy_optimizer = torch.optim.Adam(self.actor.parameters(), lr=args.policy_lr, fused=True)
-        self.q_optimizer = torch.optim.Adam(self.critic.parameters(), lr=args.q_lr, fused=True)
+        rates = (self.actor.parameters(), args.policy_lr), (self.critic.parameters(), args.q_lr)
+        groups = [{"params": p, "lr": lr} for p, lr in rates]
+        self.optimizer = torch.optim.Adam(groups, fused=True)  # a step leaves alone what its loss gives no gradient
+        self.optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad())
         self.q_fn = lambda obs, a: self.critic(obs, a).amin(dim=0)  # (B, N)
         mode = "reduce-overhead" if args.cuda else "default"
         compile = partial(torch.compile, mode=mode, dynamic=False) if args.compile else lambda function: function
@@ -255,17 +255,13 @@ class Agent:
         chosen_actions, candidates = self.act(torch.cat([batch.next_obs, batch.obs]))
         next_actions, best_actions = chosen_actions.split(B)
         loss, info = self.critic_loss(self.critic, self.target_critic, batch, next_actions, args)
-        self.q_optimizer.zero_grad()
-        loss.backward()
-        self.q_optimizer.step()
+        self.optimizer.step(loss.backward)
         info["actions/candidate_std"] = candidates.std(dim=1, correction=0).mean()
         info["actions/saturated"] = (candidates.abs() > 0.99).float().mean()
         if self.num_updates % args.policy_frequency == 0:
             uniform, eps = torch.rand(B, 2, device=self.device), torch.randn(B, A, device=self.device)
             loss, actor_info = self.actor_loss(self.actor, batch, best_actions, uniform, eps, args)
-            self.policy_optimizer.zero_grad()
-            loss.backward()
-            self.policy_optimizer.step()
+            self.optimizer.step(loss.backward)
             with torch.no_grad():
                 torch._foreach_lerp_([*self.target_critic.parameters()], [*self.critic.parameters()], args.tau)
             info |= actor_info
@@ -276,22 +272,21 @@ def evaluate(agent: Agent, seed: int, video_folder: str | None = None, num_episo
     """Undiscounted returns of seeded episodes without exploration; the training's random numbers stay as they were."""
     thunks = [partial(make_env, agent.args.env_id, None if i else video_folder) for i in range(num_episodes)]
     envs = gym.vector.SyncVectorEnv(thunks, autoreset_mode="SameStep")
-    returns = np.full(len(thunks), np.nan)
+    returns, running = np.zeros(num_episodes), np.ones(num_episodes, bool)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         obs, _ = envs.reset(seed=seed)
-        while np.isnan(returns).any():
+        while running.any():
             actions, _ = agent.act(torch.as_tensor(obs, dtype=torch.float32).to(agent.device))
-            obs, _, _, _, infos = envs.step(actions.cpu().numpy())
-            if "final_info" in infos:
-                first = infos["final_info"]["_episode"] & np.isnan(returns)
-                returns[first] = infos["final_info"]["episode"]["r"][first]
+            obs, rewards, terminated, truncated, _ = envs.step(actions.cpu().numpy())
+            returns += running * rewards
+            running &= ~(terminated | truncated)
     envs.close()
     return returns
 
 
 def fail(message: str, code: int = 2):
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", *message.split(), file=sys.stderr)  # one line
     sys.exit(code)
 
 
@@ -308,21 +303,17 @@ def check_args(args: Args) -> tuple[int, int]:
         "--track needs wandb: pip install wandb": not args.track or util.find_spec("wandb"),
         "--capture-video needs moviepy: pip install moviepy": not args.capture_video or util.find_spec("moviepy"),
     }
-    for rule in [rule for rule, holds in rules.items() if not holds]:
-        fail(rule)
     try:
         env = gym.make(args.env_id, **{"render_mode": "rgb_array"} if args.capture_video else {})
         _ = args.capture_video and (env.reset(), env.render())
-    except gym.error.UnregisteredEnv:
-        nearest = difflib.get_close_matches(args.env_id, gym.registry, n=1, cutoff=0)[0]
-        fail(f"--env-id {args.env_id} is unknown; the nearest known id is {nearest}")
-    except Exception as error:
-        fail(" ".join(str(error).split()) + ("; use Pusher-v5 instead" if args.env_id == "Pusher-v4" else ""))
+    except Exception as error:  # of an unknown id, it names the nearest
+        fail(f"{error}{'; use Pusher-v5 instead' if args.env_id == 'Pusher-v4' else ''}")
     for kind, space in ("observations", env.observation_space), ("actions", env.action_space):
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            fail(f"--env-id {args.env_id} has {kind} {space}; supported are flat continuous ones, a Box of shape (n,)")
-    if not (np.isfinite(env.action_space.low).all() and np.isfinite(env.action_space.high).all()):
-        fail(f"--env-id {args.env_id} has the unbounded actions {env.action_space}; a bounded Box is supported")
+        rule = f"--env-id {args.env_id} has {kind} {space}; supported are flat continuous ones, bounded for actions"
+        flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
+        rules[rule] = flat and (kind == "observations" or space.is_bounded())
+    for rule in [rule for rule, holds in rules.items() if not holds]:
+        fail(rule)
     margins = getattr(getattr(env.unwrapped, "model", None), "geom_margin", np.zeros(1))
     if margins.any() and tuple(map(int, metadata.version("mujoco").split(".")[:2])) >= (3, 5):
         print(f"warning: mujoco >= 3.5 changed the contacts of {args.env_id}; use mujoco < 3.5", file=sys.stderr)
@@ -330,54 +321,78 @@ def check_args(args: Args) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    obs_dim, act_dim = check_args(args)
+    args, checkpoint = tyro.cli(Args), None
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}_{os.getpid()}".replace("/", "_")
-    os.makedirs(run_folder := f"runs/{name}")
-    versions = {package: metadata.version(package) for package in ("torch", "gymnasium", "mujoco", "numpy", "tyro")}
-    config = asdict(args) | {"versions": versions | {"python": sys.version.split()[0]}}
-    if args.track:
-        import_module("wandb").init(project=args.wandb_project_name, name=name, config=config, sync_tensorboard=True)
-    writer = SummaryWriter(run_folder)
-    writer.add_text("config", f"```\n{json.dumps(config, indent=2)}\n```")
-    pathlib.Path(run_folder, "config.json").write_text(json.dumps(config, indent=2))
-    table = open(f"{run_folder}/evaluations.csv", "w", buffering=1)
-    table.write("global_step,num_updates,return_mean,return_std,wall_time_s\n")
+    run_folder = pathlib.Path("runs", name)
+    if source := args.resume or args.evaluate:
+        *others, path = sorted(pathlib.Path(source).glob("checkpoint_*.pt")) or [pathlib.Path(source)]
+        try:
+            checkpoint = torch.load(path, "cpu", weights_only=True)  # it executes nothing, and skips the checksums
+            if zipfile.ZipFile(path).testzip() or checkpoint["format"] != FORMAT:
+                raise ValueError(f"it is damaged, or not of {FORMAT}")
+        except Exception as error:
+            fail(f"{path} cannot be used, before it there is {[str(other) for other in others]}: {error}")
+        args, run_folder = tyro.cli(Args, default=Args(**checkpoint["args"])), path.parent
+        for name in "env_id", "seed", "num_envs", "buffer_size", "hidden_dim", "num_layers", "policy_lr", "q_lr":
+            if getattr(args, name) != checkpoint["args"][name]:
+                fail(f"{path} has --{name.replace('_', '-')} {checkpoint['args'][name]}, which cannot change")
+    obs_dim, act_dim = check_args(args)
     # TRY NOT TO MODIFY: seeding
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
-    *env_seeds, eval_seed = np.random.SeedSequence(args.seed).generate_state(args.num_envs + 1).tolist()
+    *_, eval_seed = np.random.SeedSequence(args.seed).generate_state(args.num_envs + 1).tolist()
+    agent = Agent(args, obs_dim, act_dim, device)
+    generator = torch.cuda.default_generators[0] if args.cuda else torch.default_generator
+    if args.evaluate:
+        agent.load_state_dict(checkpoint["agent"])
+        returns = evaluate(agent, eval_seed, f"{run_folder}/videos" if args.capture_video else None, args.num_episodes)
+        print(f"return {returns.mean():.1f} +- {returns.std():.1f}, by episode {returns.round(1).tolist()}")
+        sys.exit()
+    run_folder.mkdir(parents=True, exist_ok=bool(checkpoint))
     # env setup: SameStep resets an environment in the step that ends its episode
     envs = gym.vector.SyncVectorEnv(args.num_envs * [partial(make_env, args.env_id)], autoreset_mode="SameStep")
-    agent = Agent(args, obs_dim, act_dim, device)
-    rb = ReplayBuffer(args.buffer_size, obs_dim, act_dim, device)
-    start, episodic_return = time.time(), math.nan
-    steps = range(args.num_envs, args.total_timesteps + 1, args.num_envs)
-    progress = tqdm(steps, unit="step", unit_scale=args.num_envs, disable=None)
-    # TRY NOT TO MODIFY: start the game
-    obs, _ = envs.reset(seed=env_seeds)
-    for global_step in progress:
+    rb = ReplayBuffer(args.buffer_size, obs_dim, act_dim, device, f"{run_folder}/replay_buffer.bin")
+    first_step, seconds, episodic_return, stop = 0, 0.0, math.nan, []
+    evaluations = "global_step,num_updates,return_mean,return_std,wall_time_s\n"
+    if checkpoint:
+        agent.load_state_dict(checkpoint["agent"])
+        agent.optimizer.load_state_dict(checkpoint["optimizer"])
+        generator.set_state(checkpoint["generator"])
+        first_step, agent.num_updates, rb.num_added, episodic_return, evaluations, seconds = checkpoint["progress"]
+    start, steps = time.time() - seconds, range(first_step + args.num_envs, args.total_timesteps + 1, args.num_envs)
+    versions = {package: metadata.version(package) for package in ("torch", "gymnasium", "mujoco", "numpy", "tyro")}
+    config = {"script": FORMAT.split(",")[0], **asdict(args), "resume": None, "versions": versions}
+    (run_folder / "config.json").write_text(json.dumps(config, indent=2))
+    if args.track:
+        import_module("wandb").init(project="som", name=run_folder.name, config=config, sync_tensorboard=True)
+    writer = SummaryWriter(run_folder, purge_step=first_step + 1)
+    for number in signal.SIGINT, signal.SIGTERM:  # the run ends after its step; a second signal kills it
+        signal.signal(number, lambda number, _: stop.append(number) or signal.signal(number, signal.SIG_DFL))
+    # TRY NOT TO MODIFY: start the game, in new episodes where the run is resumed
+    obs, _ = envs.reset(seed=np.random.SeedSequence([args.seed, first_step]).generate_state(args.num_envs).tolist())
+    for global_step in (progress := tqdm(steps, unit="step", unit_scale=args.num_envs, disable=None)):
         # ALGO LOGIC: put action logic here
         if global_step <= args.learning_starts:
             actions = 2 * torch.rand(args.num_envs, act_dim, device=device) - 1
         else:
             actions, _ = agent.act(torch.as_tensor(obs, dtype=torch.float32).to(device), explore=True)
         actions = actions.cpu().numpy()
-        if not np.isfinite(actions).all():
-            fail(f"the action is not finite at step {global_step}, seed {args.seed}; see {run_folder}", code=1)
         # TRY NOT TO MODIFY: execute the game and log data.
         next_obs, rewards, terminated, truncated, infos = envs.step(actions)
         # TRY NOT TO MODIFY: save data to replay buffer; where an episode ended, next_obs is the next one's first
         real_next_obs = next_obs.copy()
         for i in np.flatnonzero(terminated | truncated):
             real_next_obs[i] = infos["final_obs"][i]
-            episodic_return = infos["final_info"]["episode"]["r"][i]
+            episodic_return = float(infos["final_info"]["episode"]["r"][i])
             writer.add_scalar("charts/episodic_return", episodic_return, global_step)
             writer.add_scalar("charts/episodic_length", infos["final_info"]["episode"]["l"][i], global_step)
+        for quantity, values in ("action", actions), ("reward", rewards), ("observation", [next_obs, real_next_obs]):
+            if not np.isfinite(values).all():
+                fail(f"the {quantity} is not finite at step {global_step}, seed {args.seed}; see {run_folder}", code=1)
         rb.add(obs, real_next_obs, actions, rewards, terminated)
         obs = next_obs
         # ALGO LOGIC: training.
-        if global_step > args.learning_starts:
+        if rb.num_added > args.learning_starts:
             for _ in range(args.updates_per_step):
                 info = agent.update(rb.sample(args.batch_size))
             if agent.num_updates % (100 * args.policy_frequency) < args.updates_per_step or global_step == steps[-1]:
@@ -387,15 +402,27 @@ if __name__ == "__main__":
                         fail(f"{tag} is not finite at step {global_step}, seed {args.seed}; see {run_folder}", code=1)
                     writer.add_scalar(tag, value, global_step)
                 writer.add_scalar("charts/SPS", global_step / (time.time() - start), global_step)
-                losses = {tag: value for tag, value in scalars.items() if tag.endswith("_loss")}
-                progress.set_postfix({"return": episodic_return} | losses)
+                progress.set_postfix({k: x for k, x in scalars.items() if k.endswith("_loss")}, episode=episodic_return)
         if global_step % args.eval_frequency < args.num_envs or global_step == steps[-1]:
             returns = evaluate(agent, eval_seed, f"{run_folder}/videos/{global_step}" if args.capture_video else None)
-            mean, std = returns.mean(), returns.std()
-            print(global_step, agent.num_updates, mean, std, time.time() - start, sep=",", file=table)
-            writer.add_scalar("charts/eval_return", mean, global_step)
-            tqdm.write(f"step {global_step}: evaluation return {mean:.1f} +- {std:.1f}")
+            evaluations += f"{global_step},{agent.num_updates},{returns.mean()},{returns.std()},{time.time() - start}\n"
+            (run_folder / "evaluations.csv").write_text(evaluations)
+            writer.add_scalar("charts/eval_return", returns.mean(), global_step)
+            tqdm.write(f"step {global_step}: evaluation return {returns.mean():.1f} +- {returns.std():.1f}")
+        if stop or global_step % args.checkpoint_frequency < args.num_envs or global_step in (steps[0], steps[-1]):
+            if not all(weight.isfinite().all() for weight in agent.parameters()):
+                fail(f"a weight is not finite at step {global_step}, seed {args.seed}; see {run_folder}", code=1)
+            done = global_step, agent.num_updates, rb.num_added, episodic_return, evaluations, time.time() - start
+            state = {"format": FORMAT, "args": asdict(args), "progress": done, "agent": agent.state_dict()}
+            state |= {"optimizer": agent.optimizer.state_dict(), "generator": generator.get_state()}
+            torch.save(state, run_folder / "checkpoint.tmp")
+            writer.flush()
+            os.sync()  # the replay buffer, too
+            os.replace(run_folder / "checkpoint.tmp", run_folder / f"checkpoint_{global_step:010d}.pt")
+            for old in sorted(run_folder.glob("checkpoint_*.pt"))[:-2]:
+                old.unlink()
+        if stop:
+            fail(f"stopped at step {global_step}; go on with --resume {run_folder}", code=128 + stop[0])
     if args.save_model:
         states = {"actor": agent.acting_actor.state_dict(), "critic": agent.critic.state_dict(), "config": config}
-        torch.save(states, f"{run_folder}/model.pt")
-    writer.close()
+        torch.save(states, run_folder / "model.pt")

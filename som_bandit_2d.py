@@ -30,7 +30,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 import tyro
 from scipy.optimize import linear_sum_assignment
 from tqdm import tqdm
@@ -130,18 +129,16 @@ class EnsembleMLP(nn.Module):
 
     def __init__(self, size: int, obs_dim: int, in_dim: int, out_dim: int, hidden_dim: int, num_layers: int):
         super().__init__()
-        dims = [obs_dim + in_dim, *num_layers * [hidden_dim], out_dim]
+        dims = [obs_dim + in_dim, *num_layers * [hidden_dim], out_dim]  # weights (size, in, out), biases (size, 1, out)
         init = [(torch.empty(size, i + 1, o).uniform_(-1, 1) / i**0.5).split([i, 1], 1) for i, o in pairwise(dims)]
-        self.weights = nn.ParameterList(weight.clone() for weight, _ in init)  # (size, in, out)
-        self.biases = nn.ParameterList(bias.clone() for _, bias in init)  # (size, 1, out)
+        self.weights, self.biases = (nn.ParameterList(x.clone() for x in xs) for xs in zip(*init, strict=True))
 
     def forward(self, obs: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        (w_0, *weights), (b_0, *biases) = self.weights, self.biases
-        w_obs, w_x = w_0.split([obs.shape[1], x.shape[2]], dim=1)
-        h_obs = torch.baddbmm(b_0, obs.expand(len(w_0), -1, -1), w_obs)  # (size, B, H), shared by a state's N inputs
+        w_obs, w_x = self.weights[0].split([obs.shape[1], x.shape[2]], dim=1)
+        h_obs = torch.baddbmm(self.biases[0], obs.expand(len(w_obs), -1, -1), w_obs)  # (size, B, H), once for N inputs
         h = (h_obs.unsqueeze(2) + (x.flatten(0, 1) @ w_x).unflatten(1, x.shape[:2])).flatten(1, 2)  # (size, B * N, H)
-        for w, b in zip(weights, biases, strict=True):
-            h = torch.baddbmm(b, F.gelu(h), w)
+        for w, b in list(zip(self.weights, self.biases, strict=True))[1:]:
+            h = torch.baddbmm(b, nn.functional.gelu(h), w)
         return h.unflatten(1, x.shape[:2])
 
 
@@ -444,7 +441,7 @@ def draw_robustness(path: pathlib.Path, bandit: Bandit, agents: dict, noise: tor
 
 
 def fail(message: str, code: int = 2):
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", *message.split(), file=sys.stderr)  # one line
     sys.exit(code)
 
 

@@ -4,7 +4,6 @@
 #   "tensorboard>=2.18", "tqdm>=4.66"]
 # ///
 """SOM, Score-Based One-step MeanFlow Policy Optimization (https://arxiv.org/abs/2605.23365), in one file.
-
 Run it: python som_continuous_action.py --env-id Walker2d-v4
 The policy turns noise into an action with ONE network evaluation; the field it imitates is built from the critic alone:
     act       a = argmax_i Q(s, a_i), where a_i = eps_i - u(eps_i, 0, 1, s), i = 1..N                    (Algorithm 1)
@@ -20,13 +19,14 @@ Shapes: B states, A action coordinates; networks take N actions in each state, (
 """
 
 import copy
-import difflib
 import json
 import math
 import os
 import pathlib
+import signal
 import sys
 import time
+import zipfile
 from collections import namedtuple
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -38,12 +38,12 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 Batch = namedtuple("Batch", "obs next_obs actions rewards terminated")
+FORMAT = f"{pathlib.Path(__file__).name}, checkpoints of version 1"
 
 
 @dataclass
@@ -53,9 +53,12 @@ class Args:
     cuda: bool = torch.cuda.is_available()  # train on the GPU (default: where there is one)
     compile: bool = torch.cuda.is_available()  # compile acting and losses, on a GPU with CUDA graphs (default: there)
     track: bool = False  # also log to Weights and Biases
-    wandb_project_name: str = "som"  # the project there
     capture_video: bool = False  # record one episode of every evaluation in the run's folder
     save_model: bool = False  # write actor, critic and configuration to model.pt at the end
+    checkpoint_frequency: int = 50_000  # environment steps between checkpoints; also at both ends, SIGINT and SIGTERM
+    resume: str | None = None  # folder of a run (or a checkpoint in it) to go on with, in fresh episodes
+    evaluate: str | None = None  # folder of a run (or a checkpoint in it) to evaluate instead of training
+    num_episodes: int = 10  # episodes of an evaluation
     # Algorithm specific arguments
     env_id: str = "Walker2d-v4"  # Gymnasium id: flat observations, a bounded continuous action box
     total_timesteps: int = 5_000_000  # environment steps, over all environments
@@ -64,9 +67,7 @@ class Args:
     buffer_size: int = 1_000_000  # transitions in the replay buffer
     batch_size: int = 256  # transitions in an update (B)
     updates_per_step: int = 1  # critic updates per step of all environments
-    policy_frequency: int = (
-        1  # critic updates per policy and target update; # differs from the paper: 2 in its code base
-    )
+    policy_frequency: int = 1  # critic updates per policy and target update; # differs from the paper: 2
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # rate of the moving averages: target networks, the critics' mean std
     policy_tau: float = 0.005  # rate of the moving average of the policy that acts; # differs from the paper: 1, none
@@ -86,8 +87,6 @@ class Args:
     score_scale: float = 10.0  # norm of the rescaled score of Eq 8 (w); # differs from the paper: 25, beta not printed
     beta_min: float = 0.1  # beta(0) of the VP schedule
     beta_max: float = 1.0  # beta(1) of the VP schedule
-    sigma_min: float = 0.01  # sigma(0) of the VE schedule
-    sigma_max: float = 1.0  # sigma(1) of the VE schedule, the std of its prior
     zero_r_ratio: float = 0.5  # share of the batch with r = 0, as in one-step acting; # differs from the paper: 0
     noise_scale: float = 0.1  # std of the exploration noise at lambda = 1
     autotune: bool = True  # move lambda: the noise is noise_scale lambda, alpha is inverse_temperature / lambda
@@ -102,9 +101,8 @@ def make_env(env_id: str, video_folder: str | None = None) -> gym.Env:
     env = gym.make(env_id, **{"render_mode": "rgb_array"} if video_folder else {})
     if video_folder:
         env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: episode == 0)
-    env = gym.wrappers.RecordEpisodeStatistics(env)
     # RescaleAction does not clip by itself, and control costs are computed from the unclipped action
-    return gym.wrappers.ClipAction(gym.wrappers.RescaleAction(env, -1.0, 1.0))
+    return gym.wrappers.ClipAction(gym.wrappers.RescaleAction(gym.wrappers.RecordEpisodeStatistics(env), -1.0, 1.0))
 
 
 # ALGO LOGIC: initialize agent here
@@ -113,30 +111,25 @@ class EnsembleMLP(nn.Module):
 
     def __init__(self, size: int, obs_dim: int, in_dim: int, out_dim: int, hidden_dim: int, num_layers: int):
         super().__init__()
-        dims = [obs_dim + in_dim, *num_layers * [hidden_dim], out_dim]
+        dims = [obs_dim + in_dim, *num_layers * [hidden_dim], out_dim]  # weights (size, in, out), biases (size, 1, out)
         init = [(torch.empty(size, i + 1, o).uniform_(-1, 1) / i**0.5).split([i, 1], 1) for i, o in pairwise(dims)]
-        self.weights = nn.ParameterList(weight.clone() for weight, _ in init)  # (size, in, out)
-        self.biases = nn.ParameterList(bias.clone() for _, bias in init)  # (size, 1, out)
+        self.weights, self.biases = (nn.ParameterList(x.clone() for x in xs) for xs in zip(*init, strict=True))
 
     def forward(self, obs: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        (w_0, *weights), (b_0, *biases) = self.weights, self.biases
-        w_obs, w_x = w_0.split([obs.shape[1], x.shape[2]], dim=1)
-        h_obs = torch.baddbmm(b_0, obs.expand(len(w_0), -1, -1), w_obs)  # (size, B, H), shared by a state's N inputs
+        w_obs, w_x = self.weights[0].split([obs.shape[1], x.shape[2]], dim=1)
+        h_obs = torch.baddbmm(self.biases[0], obs.expand(len(w_obs), -1, -1), w_obs)  # (size, B, H), once for N inputs
         h = (h_obs.unsqueeze(2) + (x.flatten(0, 1) @ w_x).unflatten(1, x.shape[:2])).flatten(1, 2)  # (size, B * N, H)
-        for w, b in zip(weights, biases, strict=True):
-            h = torch.baddbmm(b, F.gelu(h), w)
+        for w, b in list(zip(self.weights, self.biases, strict=True))[1:]:
+            h = torch.baddbmm(b, nn.functional.gelu(h), w)
         return h.unflatten(1, x.shape[:2])
 
 
 class QNetwork(EnsembleMLP):
     """Twin critics: mean and std of the return, each (2, B, N), of N actions (B, N, A) in each of B states (B, O)."""
 
-    def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int, num_layers: int):
-        super().__init__(2, obs_dim, act_dim, 2, hidden_dim, num_layers)
-
     def forward(self, obs: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mean, std = super().forward(obs, a).unbind(-1)
-        return mean, F.softplus(std)
+        return mean, nn.functional.softplus(std)
 
 
 class MeanFlowActor(EnsembleMLP):
@@ -168,8 +161,8 @@ def cosine_schedule(t):
     return torch.cos(angle), torch.sin(angle), -0.5 * beta, beta
 
 
-def ve_schedule(t, sigma_min, sigma_max):
-    """Variance exploding, sigma = sigma_min (sigma_max / sigma_min)^t (Eq 10, B.2)."""
+def ve_schedule(t, sigma_min=0.01, sigma_max=1.0):
+    """Variance exploding, sigma = sigma_min (sigma_max / sigma_min)^t (Eq 10, B.2); sigma_max is the prior's std."""
     log_ratio = math.log(sigma_max / sigma_min)
     sigma = sigma_min * torch.exp(log_ratio * t)
     return torch.ones_like(t), sigma, torch.zeros_like(t), 2 * log_ratio * sigma**2
@@ -226,95 +219,82 @@ def best_of_n(u_fn, q_fn, obs, noise):
 
 
 class ReplayBuffer:
-    """Ring of transitions on the training device; only `terminated` is stored as the end of an episode."""
+    """Ring of transitions, a row each, on the training device; only `terminated` is stored as the end of an episode."""
 
-    def __init__(self, size: int, obs_dim: int, act_dim: int, device: torch.device):
-        self.size, self.num_added = size, 0
-        shapes = (size, obs_dim), (size, obs_dim), (size, act_dim), (size,), (size,)
-        self.data = Batch(*(torch.empty(shape, device=device) for shape in shapes))
+    def __init__(self, size: int, obs_dim: int, act_dim: int, device: torch.device, file: str | None = None):
+        self.num_added, self.widths = 0, [obs_dim, obs_dim, act_dim, 1, 1]
+        shape = size, sum(self.widths)  # a file is memory-mapped: it keeps its rows, a checkpoint writes what is new
+        self.disk = torch.from_file(file, True, math.prod(shape)).view(shape) if file else torch.empty(shape)
+        self.rows = self.disk.to(device)  # on the CPU the same memory
 
-    def add(self, obs, next_obs, actions, rewards, terminated) -> None:
-        slots = torch.arange(self.num_added, self.num_added + len(obs)) % self.size
-        self.num_added += len(obs)
-        for column, rows in zip(self.data, (obs, next_obs, actions, rewards, terminated), strict=True):
-            column[slots] = torch.as_tensor(rows, dtype=torch.float32).to(column.device)
+    def add(self, *columns) -> None:
+        rows = torch.as_tensor(np.column_stack(columns), dtype=torch.float32)
+        slots = torch.arange(self.num_added, self.num_added + len(rows)) % len(self.rows)
+        self.rows[slots], self.disk[slots], self.num_added = rows.to(self.rows.device), rows, self.num_added + len(rows)
 
     def sample(self, batch_size: int) -> Batch:
-        slots = torch.randint(min(self.num_added, self.size), (batch_size,), device=self.data.obs.device)
-        return Batch(*(column[slots] for column in self.data))
+        slots = torch.randint(min(self.num_added, len(self.rows)), (batch_size,), device=self.rows.device)
+        *columns, rewards, terminated = self.rows[slots].split(self.widths, dim=1)
+        return Batch(*columns, rewards.squeeze(1), terminated.squeeze(1))
 
 
 def critic_loss(q_dist, target_q_dist, batch, next_actions, z, mean_std, args, eps=0.1):
     """Temporal differences of the twins, as in DACER or as plain squared errors (Section 4.4).
-
     q_dist, target_q_dist: (B, O), (B, 1, A) -> mean, std of the return, (2, B, 1). z: (B,) standard normal.
-    mean_std: (2, 1) moving average of the predicted std, NaN at first; info["mean_std"] is the next. eps: of DACER.
-    """
+    mean_std: (2, 1) moving average of the predicted std, NaN at first; info["mean_std"] is the next. eps: of DACER."""
     with torch.no_grad():
         mean, std = (x.squeeze(-1) for x in target_q_dist(batch.next_obs, next_actions.unsqueeze(1)))  # (2, B)
-        smaller = mean.argmin(dim=0, keepdim=True)  # (1, B)
-        mean, std = mean.gather(0, smaller).squeeze(0), std.gather(0, smaller).squeeze(0)  # (B,)
+        mean, std = (torch.where(mean[0] <= mean[1], *x) for x in (mean, std))  # (B,), of the smaller mean
         rewards, discount = args.reward_scale * batch.rewards, args.gamma * (1 - batch.terminated)
-        y = rewards + discount * mean
-        y_sample = rewards + discount * (mean + std * z.clamp(-3, 3))
+        y, y_sample = (rewards + discount * q for q in (mean, mean + std * z.clamp(-3, 3)))
     mean, std = (x.squeeze(-1) for x in q_dist(batch.obs, batch.actions.unsqueeze(1)))  # (2, B)
-    with torch.no_grad():
-        batch_std = std.mean(dim=1, keepdim=True)
-        mean_std = torch.where(mean_std.isnan(), batch_std, mean_std.lerp(batch_std, args.tau))
+    batch_std = std.detach().mean(dim=1, keepdim=True)
+    mean_std = torch.where(mean_std.isnan(), batch_std, mean_std.lerp(batch_std, args.tau))
     if args.critic_loss == "mse":
         loss = (mean - y).square().mean(dim=1).sum()
     else:  # its gradient is DACER's: the mean is pulled to y, the std to the spread of the bounded sampled target
         spread = (y_sample - mean).clamp(-3 * mean_std, 3 * mean_std).square()
-        mean_pull = ((y - mean) / (std.square() + eps)).detach()
-        std_pull = ((spread - std.square()) / (std.pow(3) + eps)).detach()
-        loss = -((mean_std.square() + eps) * (mean_pull * mean + std_pull * std)).mean(dim=1).sum()
+        mean_pull, std_pull = (y - mean) / (std.square() + eps), (spread - std.square()) / (std.pow(3) + eps)
+        loss = -((mean_std.square() + eps) * (mean_pull.detach() * mean + std_pull.detach() * std)).mean(dim=1).sum()
     info = {"mean_std": mean_std, "losses/qf_loss": loss.detach(), "losses/qf_std": batch_std.mean()}
-    return loss, info | {
-        "losses/qf_values": mean.detach().mean(),
-        "losses/td_error": (y - mean).detach().square().mean(),
-    }
+    info["losses/qf_values"], info["losses/td_error"] = mean.detach().mean(), (y - mean).detach().square().mean()
+    return loss, info
 
 
 def actor_loss(u_fn, q_fn, batch, uniform, eps, mc_eps, alpha, args):
     """The policy regressed on the velocity field of exp(alpha Q) (Eq 5 to 8).
-
-    u_fn, q_fn: of N actions a state, as the networks. uniform: (B, 2). eps: (B, A) and mc_eps: (B, K, A) normal.
-    """
+    u_fn, q_fn: of N actions a state, as the networks. uniform: (B, 2). eps: (B, A) and mc_eps: (B, K, A) normal."""
     r, t = sample_r_t(uniform, args.zero_r_ratio)
-    if args.reference == "prior":
-        mu, sigma, f, g2 = cosine_schedule(t)
-    elif args.sde == "vp":
-        mu, sigma, f, g2 = vp_schedule(t, args.beta_min, args.beta_max)
-    else:
-        mu, sigma, f, g2 = ve_schedule(t, args.sigma_min, args.sigma_max)
+    schedules = {"vp": partial(vp_schedule, beta_min=args.beta_min, beta_max=args.beta_max), "ve": ve_schedule}
+    mu, sigma, f, g2 = cosine_schedule(t) if args.reference == "prior" else schedules[args.sde](t)
     a_t = mu * batch.actions + sigma * eps
     score, logits = estimate_score(q_fn, batch.obs, a_t, mu, sigma, mc_eps, alpha, args.reference, args.q_norm)
     v = pf_ode_velocity(a_t, score, f, g2, args.score_scale if args.reference == "uniform" else None)
     loss, dudt = meanflow_loss(partial(u_fn, batch.obs), *(x.unsqueeze(1) for x in (a_t, r, t, v)))
-    with torch.no_grad():
-        info = {"losses/actor_loss": loss.mean(), "score/norm": score.norm(dim=-1).mean()}
-        info["score/effective_sample_size"] = (1 / logits.softmax(dim=1).square().sum(dim=1)).mean()
-        info["velocity/norm"] = v.norm(dim=-1).mean()
-        info["velocity/dudt_ratio"] = ((t - r).unsqueeze(1) * dudt).norm(dim=-1).mean() / info["velocity/norm"]
-        for i in range(4):
-            in_bin = ((4 * t).floor() == i).float()  # (B, 1)
-            info[f"losses/actor_loss_t{i}"] = (loss * in_bin).sum() / in_bin.sum().clamp(min=1)
+    errors, speed = loss.detach(), v.norm(dim=-1).mean()
+    info = {"losses/actor_loss": errors.mean(), "score/norm": score.norm(dim=-1).mean(), "velocity/norm": speed}
+    info["score/effective_sample_size"] = (1 / logits.softmax(dim=1).square().sum(dim=1)).mean()
+    info["velocity/dudt_ratio"] = ((t - r).unsqueeze(1) * dudt).norm(dim=-1).mean() / speed
+    for i in range(4):
+        in_bin = ((4 * t).floor() == i).float()  # (B, 1)
+        info[f"losses/actor_loss_t{i}"] = (errors * in_bin).sum() / in_bin.sum().clamp(min=1)
     return loss.mean(), info
 
 
-class Agent:
+class Agent(nn.Module):
     def __init__(self, args: Args, obs_dim: int, act_dim: int, device: torch.device):
+        super().__init__()
         self.args, self.act_dim, self.device, self.num_updates = args, act_dim, device, 0
         self.actor = MeanFlowActor(obs_dim, act_dim, args.hidden_dim, args.num_layers).to(device)
         self.acting_actor = copy.deepcopy(self.actor).requires_grad_(False)
-        self.critic = QNetwork(obs_dim, act_dim, args.hidden_dim, args.num_layers).to(device)
+        self.critic = QNetwork(2, obs_dim, act_dim, 2, args.hidden_dim, args.num_layers).to(device)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        self.policy_optimizer = torch.optim.Adam(self.actor.parameters(), lr=args.policy_lr, fused=True)
-        self.q_optimizer = torch.optim.Adam(self.critic.parameters(), lr=args.q_lr, fused=True)
-        log_lambda = math.log(args.initial_lambda if args.autotune else 1.0)
-        self.log_lambda = torch.tensor(log_lambda, device=device, requires_grad=True)
-        self.lambda_optimizer = torch.optim.Adam([self.log_lambda], lr=args.alpha_lr)
-        self.mean_std = torch.full((2, 1), math.nan, device=device)
+        self.log_lambda = nn.Parameter(torch.tensor(args.initial_lambda if args.autotune else 1.0, device=device).log())
+        self.register_buffer("mean_std", torch.full((2, 1), math.nan, device=device))
+        rates = (self.actor.parameters(), args.policy_lr), (self.critic.parameters(), args.q_lr)
+        groups = [{"params": p, "lr": lr} for p, lr in (*rates, ([self.log_lambda], args.alpha_lr))]
+        self.optimizer = torch.optim.Adam(groups, fused=True)  # a step leaves alone what its loss gives no gradient
+        self.optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad())
         twins = torch.mean if args.policy_q == "mean" else torch.amin
         self.q_fn = lambda obs, a: twins(self.critic(obs, a)[0], dim=0)  # (B, N)
         mode = "reduce-overhead" if args.cuda else "default"
@@ -326,8 +306,7 @@ class Agent:
         """Best-of-N actions (B, A) in states (B, O), with exploration noise or without, and all N candidates."""
         if self.args.compile and self.args.cuda:
             torch.compiler.cudagraph_mark_step_begin()
-        prior_std = self.args.sigma_max if self.args.sde == "ve" else 1.0
-        noise = prior_std * torch.randn(len(obs), self.args.best_of_n, self.act_dim, device=self.device)
+        noise = torch.randn(len(obs), self.args.best_of_n, self.act_dim, device=self.device)
         a, candidates = self.best_of_n(self.acting_actor, self.q_fn, obs, noise)
         if explore:
             a = (a + self.args.noise_scale * self.log_lambda.exp() * torch.randn_like(a)).clamp(-1, 1)
@@ -336,12 +315,9 @@ class Agent:
     def update(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Update the critics and, when it is due, the policy, the target networks and lambda; returns diagnostics."""
         args, (B, A), self.num_updates = self.args, batch.actions.shape, self.num_updates + 1
-        next_actions, candidates = self.act(batch.next_obs)
-        z = torch.randn(B, device=self.device)
+        (next_actions, candidates), z = self.act(batch.next_obs), torch.randn(B, device=self.device)
         loss, info = self.critic_loss(self.critic, self.target_critic, batch, next_actions, z, self.mean_std, args)
-        self.q_optimizer.zero_grad()
-        loss.backward()
-        self.q_optimizer.step()
+        self.optimizer.step(loss.backward)
         self.mean_std.copy_(info.pop("mean_std"))
         info["actions/candidate_std"] = candidates.std(dim=1, correction=0).mean()
         info["actions/saturated"] = (candidates.abs() > 0.99).float().mean()
@@ -350,18 +326,14 @@ class Agent:
             uniform, eps = torch.rand(B, 2, device=self.device), torch.randn(B, A, device=self.device)
             mc_eps = torch.randn(B, args.num_mc_samples, A, device=self.device)
             loss, actor_info = self.actor_loss(self.actor, self.q_fn, batch, uniform, eps, mc_eps, alpha, args)
-            self.policy_optimizer.zero_grad()
-            loss.backward()
-            self.policy_optimizer.step()
+            self.optimizer.step(loss.backward)
             with torch.no_grad():
                 torch._foreach_lerp_([*self.target_critic.parameters()], [*self.critic.parameters()], args.tau)
                 torch._foreach_lerp_([*self.acting_actor.parameters()], [*self.actor.parameters()], args.policy_tau)
             info |= actor_info | {"losses/alpha": alpha}
         if args.autotune and self.num_updates % args.alpha_delay == 0:
             entropy = 0.5 * math.log(2 * math.pi * math.e * args.noise_scale**2) + self.log_lambda.detach()
-            self.lambda_optimizer.zero_grad()
-            (self.log_lambda * (entropy - args.target_entropy)).backward()
-            self.lambda_optimizer.step()
+            self.optimizer.step((self.log_lambda * (entropy - args.target_entropy)).backward)
         return info
 
 
@@ -369,59 +341,51 @@ def evaluate(agent: Agent, seed: int, video_folder: str | None = None, num_episo
     """Undiscounted returns of seeded episodes without exploration; the training's random numbers stay as they were."""
     thunks = [partial(make_env, agent.args.env_id, None if i else video_folder) for i in range(num_episodes)]
     envs = gym.vector.SyncVectorEnv(thunks, autoreset_mode="SameStep")
-    returns = np.full(len(thunks), np.nan)
+    returns, running = np.zeros(num_episodes), np.ones(num_episodes, bool)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         obs, _ = envs.reset(seed=seed)
-        while np.isnan(returns).any():
+        while running.any():
             actions, _ = agent.act(torch.as_tensor(obs, dtype=torch.float32).to(agent.device))
-            obs, _, _, _, infos = envs.step(actions.cpu().numpy())
-            if "final_info" in infos:
-                first = infos["final_info"]["_episode"] & np.isnan(returns)
-                returns[first] = infos["final_info"]["episode"]["r"][first]
+            obs, rewards, terminated, truncated, _ = envs.step(actions.cpu().numpy())
+            returns += running * rewards
+            running &= ~(terminated | truncated)
     envs.close()
     return returns
 
 
 def fail(message: str, code: int = 2):
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", *message.split(), file=sys.stderr)  # one line
     sys.exit(code)
 
 
 def check_args(args: Args) -> tuple[int, int]:
     """Observation and action dimension of the environment; one line and exit code 2 where the run cannot start."""
-    zero_too = "seed", "learning_starts", "gamma", "zero_r_ratio", "noise_scale"
+    zero_too = "seed", "learning_starts", "gamma", "zero_r_ratio", "" if args.autotune else "noise_scale"
     for name, value in vars(args).items():
-        low = -math.inf if name == "target_entropy" else 0
+        low = {"target_entropy": -math.inf, "num_mc_samples": 1}.get(name, 0)
         high = 1 if name in ("gamma", "tau", "policy_tau", "zero_r_ratio") else 2**63
         if type(value) in (int, float) and not (low < value <= high or (value == 0 and name in zero_too)):
             fail(f"--{name.replace('_', '-')} must be in {'[' if name in zero_too else '('}{low}, {high}], got {value}")
     rules = {
         "--beta-max must be >= --beta-min": args.beta_max >= args.beta_min,
-        "--sigma-max must be > --sigma-min": args.sigma_max > args.sigma_min,
         "--total-timesteps must be > --learning-starts": args.total_timesteps >= args.learning_starts + args.num_envs,
-        "--num-mc-samples must be >= 2: Q is divided by its std": args.num_mc_samples >= 2,
-        "--autotune needs --noise-scale > 0": args.noise_scale > 0 or not args.autotune,
         "--reference prior needs --sde vp": args.reference == "uniform" or args.sde == "vp",
         "--cuda: PyTorch finds no GPU here, use --no-cuda": torch.cuda.is_available() or not args.cuda,
         "--track needs wandb: pip install wandb": not args.track or util.find_spec("wandb"),
         "--capture-video needs moviepy: pip install moviepy": not args.capture_video or util.find_spec("moviepy"),
     }
-    for rule in [rule for rule, holds in rules.items() if not holds]:
-        fail(rule)
     try:
         env = gym.make(args.env_id, **{"render_mode": "rgb_array"} if args.capture_video else {})
         _ = args.capture_video and (env.reset(), env.render())
-    except gym.error.UnregisteredEnv:
-        nearest = difflib.get_close_matches(args.env_id, gym.registry, n=1, cutoff=0)[0]
-        fail(f"--env-id {args.env_id} is unknown; the nearest known id is {nearest}")
-    except Exception as error:
-        fail(" ".join(str(error).split()) + ("; use Pusher-v5 instead" if args.env_id == "Pusher-v4" else ""))
+    except Exception as error:  # of an unknown id, it names the nearest
+        fail(f"{error}{'; use Pusher-v5 instead' if args.env_id == 'Pusher-v4' else ''}")
     for kind, space in ("observations", env.observation_space), ("actions", env.action_space):
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            fail(f"--env-id {args.env_id} has {kind} {space}; supported are flat continuous ones, a Box of shape (n,)")
-    if not (np.isfinite(env.action_space.low).all() and np.isfinite(env.action_space.high).all()):
-        fail(f"--env-id {args.env_id} has the unbounded actions {env.action_space}; a bounded Box is supported")
+        rule = f"--env-id {args.env_id} has {kind} {space}; supported are flat continuous ones, bounded for actions"
+        flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
+        rules[rule] = flat and (kind == "observations" or space.is_bounded())
+    for rule in [rule for rule, holds in rules.items() if not holds]:
+        fail(rule)
     margins = getattr(getattr(env.unwrapped, "model", None), "geom_margin", np.zeros(1))
     if margins.any() and tuple(map(int, metadata.version("mujoco").split(".")[:2])) >= (3, 5):
         print(f"warning: mujoco >= 3.5 changed the contacts of {args.env_id}; use mujoco < 3.5", file=sys.stderr)
@@ -429,54 +393,78 @@ def check_args(args: Args) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    obs_dim, act_dim = check_args(args)
+    args, checkpoint = tyro.cli(Args), None
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}_{os.getpid()}".replace("/", "_")
-    os.makedirs(run_folder := f"runs/{name}")
-    versions = {package: metadata.version(package) for package in ("torch", "gymnasium", "mujoco", "numpy", "tyro")}
-    config = asdict(args) | {"versions": versions | {"python": sys.version.split()[0]}}
-    if args.track:
-        import_module("wandb").init(project=args.wandb_project_name, name=name, config=config, sync_tensorboard=True)
-    writer = SummaryWriter(run_folder)
-    writer.add_text("config", f"```\n{json.dumps(config, indent=2)}\n```")
-    pathlib.Path(run_folder, "config.json").write_text(json.dumps(config, indent=2))
-    table = open(f"{run_folder}/evaluations.csv", "w", buffering=1)
-    table.write("global_step,num_updates,return_mean,return_std,wall_time_s\n")
+    run_folder = pathlib.Path("runs", name)
+    if source := args.resume or args.evaluate:
+        *others, path = sorted(pathlib.Path(source).glob("checkpoint_*.pt")) or [pathlib.Path(source)]
+        try:
+            checkpoint = torch.load(path, "cpu", weights_only=True)  # it executes nothing, and skips the checksums
+            if zipfile.ZipFile(path).testzip() or checkpoint["format"] != FORMAT:
+                raise ValueError(f"it is damaged, or not of {FORMAT}")
+        except Exception as error:
+            fail(f"{path} cannot be used, before it there is {[str(other) for other in others]}: {error}")
+        args, run_folder = tyro.cli(Args, default=Args(**checkpoint["args"])), path.parent
+        for name in "env_id", "seed", "num_envs", "buffer_size", "hidden_dim", "num_layers", "policy_lr", "q_lr":
+            if getattr(args, name) != checkpoint["args"][name]:
+                fail(f"{path} has --{name.replace('_', '-')} {checkpoint['args'][name]}, which cannot change")
+    obs_dim, act_dim = check_args(args)
     # TRY NOT TO MODIFY: seeding
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
-    *env_seeds, eval_seed = np.random.SeedSequence(args.seed).generate_state(args.num_envs + 1).tolist()
+    *_, eval_seed = np.random.SeedSequence(args.seed).generate_state(args.num_envs + 1).tolist()
+    agent = Agent(args, obs_dim, act_dim, device)
+    generator = torch.cuda.default_generators[0] if args.cuda else torch.default_generator
+    if args.evaluate:
+        agent.load_state_dict(checkpoint["agent"])
+        returns = evaluate(agent, eval_seed, f"{run_folder}/videos" if args.capture_video else None, args.num_episodes)
+        print(f"return {returns.mean():.1f} +- {returns.std():.1f}, by episode {returns.round(1).tolist()}")
+        sys.exit()
+    run_folder.mkdir(parents=True, exist_ok=bool(checkpoint))
     # env setup: SameStep resets an environment in the step that ends its episode
     envs = gym.vector.SyncVectorEnv(args.num_envs * [partial(make_env, args.env_id)], autoreset_mode="SameStep")
-    agent = Agent(args, obs_dim, act_dim, device)
-    rb = ReplayBuffer(args.buffer_size, obs_dim, act_dim, device)
-    start, episodic_return = time.time(), math.nan
-    steps = range(args.num_envs, args.total_timesteps + 1, args.num_envs)
-    progress = tqdm(steps, unit="step", unit_scale=args.num_envs, disable=None)
-    # TRY NOT TO MODIFY: start the game
-    obs, _ = envs.reset(seed=env_seeds)
-    for global_step in progress:
+    rb = ReplayBuffer(args.buffer_size, obs_dim, act_dim, device, f"{run_folder}/replay_buffer.bin")
+    first_step, seconds, episodic_return, stop = 0, 0.0, math.nan, []
+    evaluations = "global_step,num_updates,return_mean,return_std,wall_time_s\n"
+    if checkpoint:
+        agent.load_state_dict(checkpoint["agent"])
+        agent.optimizer.load_state_dict(checkpoint["optimizer"])
+        generator.set_state(checkpoint["generator"])
+        first_step, agent.num_updates, rb.num_added, episodic_return, evaluations, seconds = checkpoint["progress"]
+    start, steps = time.time() - seconds, range(first_step + args.num_envs, args.total_timesteps + 1, args.num_envs)
+    versions = {package: metadata.version(package) for package in ("torch", "gymnasium", "mujoco", "numpy", "tyro")}
+    config = {"script": FORMAT.split(",")[0], **asdict(args), "resume": None, "versions": versions}
+    (run_folder / "config.json").write_text(json.dumps(config, indent=2))
+    if args.track:
+        import_module("wandb").init(project="som", name=run_folder.name, config=config, sync_tensorboard=True)
+    writer = SummaryWriter(run_folder, purge_step=first_step + 1)
+    for number in signal.SIGINT, signal.SIGTERM:  # the run ends after its step; a second signal kills it
+        signal.signal(number, lambda number, _: stop.append(number) or signal.signal(number, signal.SIG_DFL))
+    # TRY NOT TO MODIFY: start the game, in new episodes where the run is resumed
+    obs, _ = envs.reset(seed=np.random.SeedSequence([args.seed, first_step]).generate_state(args.num_envs).tolist())
+    for global_step in (progress := tqdm(steps, unit="step", unit_scale=args.num_envs, disable=None)):
         # ALGO LOGIC: put action logic here
         if global_step <= args.learning_starts:
             actions = 2 * torch.rand(args.num_envs, act_dim, device=device) - 1
         else:
             actions, _ = agent.act(torch.as_tensor(obs, dtype=torch.float32).to(device), explore=True)
         actions = actions.cpu().numpy()
-        if not np.isfinite(actions).all():
-            fail(f"the action is not finite at step {global_step}, seed {args.seed}; see {run_folder}", code=1)
         # TRY NOT TO MODIFY: execute the game and log data.
         next_obs, rewards, terminated, truncated, infos = envs.step(actions)
         # TRY NOT TO MODIFY: save data to replay buffer; where an episode ended, next_obs is the next one's first
         real_next_obs = next_obs.copy()
         for i in np.flatnonzero(terminated | truncated):
             real_next_obs[i] = infos["final_obs"][i]
-            episodic_return = infos["final_info"]["episode"]["r"][i]
+            episodic_return = float(infos["final_info"]["episode"]["r"][i])
             writer.add_scalar("charts/episodic_return", episodic_return, global_step)
             writer.add_scalar("charts/episodic_length", infos["final_info"]["episode"]["l"][i], global_step)
+        for quantity, values in ("action", actions), ("reward", rewards), ("observation", [next_obs, real_next_obs]):
+            if not np.isfinite(values).all():
+                fail(f"the {quantity} is not finite at step {global_step}, seed {args.seed}; see {run_folder}", code=1)
         rb.add(obs, real_next_obs, actions, rewards, terminated)
         obs = next_obs
         # ALGO LOGIC: training.
-        if global_step > args.learning_starts:
+        if rb.num_added > args.learning_starts:
             for _ in range(args.updates_per_step):
                 info = agent.update(rb.sample(args.batch_size))
             if agent.num_updates % (100 * args.policy_frequency) < args.updates_per_step or global_step == steps[-1]:
@@ -486,15 +474,27 @@ if __name__ == "__main__":
                         fail(f"{tag} is not finite at step {global_step}, seed {args.seed}; see {run_folder}", code=1)
                     writer.add_scalar(tag, value, global_step)
                 writer.add_scalar("charts/SPS", global_step / (time.time() - start), global_step)
-                losses = {tag: value for tag, value in scalars.items() if tag.endswith("_loss")}
-                progress.set_postfix({"return": episodic_return} | losses)
+                progress.set_postfix({k: x for k, x in scalars.items() if k.endswith("_loss")}, episode=episodic_return)
         if global_step % args.eval_frequency < args.num_envs or global_step == steps[-1]:
             returns = evaluate(agent, eval_seed, f"{run_folder}/videos/{global_step}" if args.capture_video else None)
-            mean, std = returns.mean(), returns.std()
-            print(global_step, agent.num_updates, mean, std, time.time() - start, sep=",", file=table)
-            writer.add_scalar("charts/eval_return", mean, global_step)
-            tqdm.write(f"step {global_step}: evaluation return {mean:.1f} +- {std:.1f}")
+            evaluations += f"{global_step},{agent.num_updates},{returns.mean()},{returns.std()},{time.time() - start}\n"
+            (run_folder / "evaluations.csv").write_text(evaluations)
+            writer.add_scalar("charts/eval_return", returns.mean(), global_step)
+            tqdm.write(f"step {global_step}: evaluation return {returns.mean():.1f} +- {returns.std():.1f}")
+        if stop or global_step % args.checkpoint_frequency < args.num_envs or global_step in (steps[0], steps[-1]):
+            if not all(weight.isfinite().all() for weight in agent.parameters()):
+                fail(f"a weight is not finite at step {global_step}, seed {args.seed}; see {run_folder}", code=1)
+            done = global_step, agent.num_updates, rb.num_added, episodic_return, evaluations, time.time() - start
+            state = {"format": FORMAT, "args": asdict(args), "progress": done, "agent": agent.state_dict()}
+            state |= {"optimizer": agent.optimizer.state_dict(), "generator": generator.get_state()}
+            torch.save(state, run_folder / "checkpoint.tmp")
+            writer.flush()
+            os.sync()  # the replay buffer, too
+            os.replace(run_folder / "checkpoint.tmp", run_folder / f"checkpoint_{global_step:010d}.pt")
+            for old in sorted(run_folder.glob("checkpoint_*.pt"))[:-2]:
+                old.unlink()
+        if stop:
+            fail(f"stopped at step {global_step}; go on with --resume {run_folder}", code=128 + stop[0])
     if args.save_model:
         states = {"actor": agent.acting_actor.state_dict(), "critic": agent.critic.state_dict(), "config": config}
-        torch.save(states, f"{run_folder}/model.pt")
-    writer.close()
+        torch.save(states, run_folder / "model.pt")

@@ -438,9 +438,10 @@ def random_batch(seed, n=32, dtype=torch.float32):
     return som.Batch(*(column.to(dtype) for column in columns + rest))
 
 
-@pytest.mark.parametrize("sde, prior_std", (("vp", 1.0), ("ve", 0.7)))
-def test_acting_starts_from_the_prior(sde, prior_std):
-    agent = tiny_agent(sde=sde, sigma_max=0.7, best_of_n=4)
+@pytest.mark.parametrize("sde", ("vp", "ve"))
+def test_acting_starts_from_the_prior(sde):
+    agent = tiny_agent(sde=sde, best_of_n=4)
+    prior_std = som.ve_schedule(torch.ones(1))[1] if sde == "ve" else 1.0
     agent.best_of_n = lambda u_fn, q_fn, obs, noise: (noise[:, 0], noise)
     _, noise = agent.act(torch.zeros(5000, 5))
     assert noise.shape == (5000, 4, 2) and abs(noise.std() / prior_std - 1) < 0.02
@@ -480,7 +481,7 @@ def test_ensemble_equals_plain_networks():
 def test_critics_are_plain_networks_of_mean_and_softplus_std():
     torch.manual_seed(1)
     obs, a = randn(4, 5, seed=1), randn(4, 7, 3, seed=2)
-    critic = som.QNetwork(5, 3, hidden_dim=16, num_layers=2).double()
+    critic = som.QNetwork(2, 5, 3, 2, hidden_dim=16, num_layers=2).double()
     mean, std = critic(obs, a)
     for i in range(2):
         out = plain_member(critic, i, obs, a)
@@ -507,7 +508,8 @@ def test_actor_is_a_plain_network_of_action_and_times():
 def id_coded(ids):
     """Rows in which every column encodes the same id; numpy as from environments, `terminated` as booleans."""
     ids = np.asarray(ids, dtype=np.float64)
-    return ids[:, None] + [0.0, 0.25, 0.5], ids[:, None] + 1000, -ids[:, None] + [0.0, 0.5], 10 * ids, ids % 3 == 0
+    obs, actions = ids[:, None] + [0.0, 0.25, 0.5], -ids[:, None] + [0.0, 0.5]
+    return obs, obs + 1000, actions, 10 * ids, ids % 3 == 0
 
 
 def sampled_ids(buffer, n=4000):
@@ -520,10 +522,8 @@ def sampled_ids(buffer, n=4000):
 
 def test_buffer_keeps_the_latest_rows_whole():
     torch.manual_seed(1)
-    buffer = som.ReplayBuffer(10, 3, 1, torch.device("cpu"))
-    buffer.data = som.Batch(*(torch.empty(10, *np.shape(column)[1:]) for column in id_coded([0])))
-    for column in buffer.data:
-        column.fill_(-7.0)  # an unwritten row is then recognised
+    buffer = som.ReplayBuffer(10, 3, 2, torch.device("cpu"))
+    buffer.rows.fill_(-7.0)  # an unwritten row is then recognised
     for start in range(0, 36, 3):  # 10 is not a multiple of 3: additions wrap in the middle
         buffer.add(*id_coded(range(start, start + 3)))
         # only written rows, the latest 10 of them, and every one: also in the last slot
@@ -632,7 +632,6 @@ def test_actor_loss_is_score_velocity_and_meanflow_in_turn(path, q_norm, policy_
         "sde": sde,
         "q_norm": q_norm,
         "policy_q": policy_q,
-        "sigma_max": 0.8,
         "beta_max": 2.0,
     }
     agent = tiny_agent(zero_r_ratio=0.25, score_scale=7.0, **changes)
@@ -651,7 +650,7 @@ def test_actor_loss_is_score_velocity_and_meanflow_in_turn(path, q_norm, policy_
 
     t, r = uniform.max(1, keepdim=True).values, uniform.min(1, keepdim=True).values
     r[:8] = 0.0
-    schedules = {"vp": (som.vp_schedule, 0.1, 2.0), "ve": (som.ve_schedule, 0.01, 0.8), "prior": (som.cosine_schedule,)}
+    schedules = {"vp": (som.vp_schedule, 0.1, 2.0), "ve": (som.ve_schedule, 0.01, 1.0), "prior": (som.cosine_schedule,)}
     schedule, *constants = schedules[path]
     mu, sigma, f, g2 = schedule(t, *constants)
     a_t = mu * batch.actions + sigma * eps

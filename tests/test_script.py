@@ -63,6 +63,17 @@ class CountingEnv(gym.Env):
         return observation, float(self.t), end and self.terminates, end and not self.terminates, {}
 
 
+class RenderedEnv(CountingEnv):
+    metadata: typing.ClassVar = {"render_modes": ["rgb_array"]}
+
+    def __init__(self, render_mode: str | None = None):
+        super().__init__(4, False)
+        self.render_mode = render_mode
+
+    def render(self):
+        return np.zeros((8, 8, 3), np.uint8)
+
+
 class SpacesEnv(gym.Env):
     def __init__(self, observation_space, action_space):
         self.observation_space, self.action_space = observation_space, action_space
@@ -76,6 +87,7 @@ TOYS = {
     "Terminates-v0": lambda: CountingEnv(3, True),
     "Truncates-v0": lambda: CountingEnv(4, False),
     "Breaks-v0": lambda: CountingEnv(5, False, broken_at=100),
+    "Rendered-v0": RenderedEnv,
     "DiscreteActions-v0": lambda: SpacesEnv(BOX, gym.spaces.Discrete(3)),
     "DictObservations-v0": lambda: SpacesEnv(gym.spaces.Dict(x=BOX), BOX),
     "Images-v0": lambda: SpacesEnv(gym.spaces.Box(0, 255, (8, 8, 3), np.uint8), BOX),
@@ -98,6 +110,12 @@ def scalars(run_folder):
     return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
 
 
+def stored(buffer):
+    """The columns of all rows in a buffer."""
+    *columns, rewards, terminated = buffer.rows[: buffer.num_added].split(buffer.widths, dim=1)
+    return som.Batch(*columns, rewards.squeeze(1), terminated.squeeze(1))
+
+
 def run_script(folder, *flags):
     return subprocess.run([sys.executable, "-W", "ignore", SCRIPT, *flags], cwd=folder, capture_output=True, text=True)
 
@@ -105,7 +123,7 @@ def run_script(folder, *flags):
 @pytest.mark.parametrize(("env_id", "length"), [("Terminates-v0", 3), ("Truncates-v0", 4)])
 def test_rows_and_episodes_of_the_real_loop(monkeypatch, tmp_path, env_id, length):
     run = run_loop(monkeypatch, tmp_path, "--env-id", env_id)
-    rows = som.Batch(*(column[:200].numpy() for column in run.rb.data))
+    rows = som.Batch(*(column.numpy() for column in stored(run.rb)))
     assert run.rb.num_added == 200
     np.testing.assert_array_equal(rows.obs[:, 0], rows.next_obs[:, 0])  # no row crosses episodes
     np.testing.assert_array_equal(rows.obs[:, 1] + 1, rows.next_obs[:, 1])  # nor skips or repeats a step
@@ -127,8 +145,8 @@ def test_truncation_bootstraps_and_termination_does_not(monkeypatch, tmp_path):
     losses = {}
     for env_id in ("Terminates-v0", "Truncates-v0"):
         run = run_loop(monkeypatch, tmp_path, "--env-id", env_id, "--reward-scale", "1")
-        last = run.rb.data.next_obs[:200, 2] == 1
-        batch = som.Batch(*(column[:200][last] for column in run.rb.data))
+        rows = stored(run.rb)
+        batch = som.Batch(*(column[rows.next_obs[:, 2] == 1] for column in rows))
 
         def q_dist(obs, a):
             return torch.full((2, len(obs), 1), 100.0), torch.ones(2, len(obs), 1)
@@ -145,12 +163,12 @@ def test_evaluation_leaves_the_training_stream_alone(monkeypatch, tmp_path):
         run_loop(monkeypatch, tmp_path, "--env-id", "Truncates-v0", "--eval-frequency", n) for n in ("20", "200")
     )
     torch.testing.assert_close(often.agent.actor.state_dict(), seldom.agent.actor.state_dict(), rtol=0, atol=0)
-    torch.testing.assert_close(often.rb.data.actions[:200], seldom.rb.data.actions[:200], rtol=0, atol=0)
+    torch.testing.assert_close(stored(often.rb).actions, stored(seldom.rb).actions, rtol=0, atol=0)
 
 
 def test_same_seed_same_run_and_other_seed_another(monkeypatch, tmp_path):
     runs = [run_loop(monkeypatch, tmp_path, "--env-id", "Truncates-v0", "--seed", seed) for seed in ("1", "1", "2")]
-    first, again, other = (run.rb.data.actions[:200] for run in runs)
+    first, again, other = (stored(run.rb).actions for run in runs)
     torch.testing.assert_close(first, again, rtol=0, atol=0)
     assert not torch.equal(first, other)
     assert len({run.run_folder for run in runs}) == 3
@@ -211,7 +229,7 @@ def test_walker2d_as_a_user_runs_it(tmp_path):
     assert evaluated == pytest.approx([float(row["return_mean"]) for row in rows], rel=1e-5)
     model = torch.load(run_folder / "model.pt", weights_only=True)
     som.MeanFlowActor(17, 6, 16, 3).load_state_dict(model["actor"])
-    som.QNetwork(17, 6, 16, 3).load_state_dict(model["critic"])
+    som.QNetwork(2, 17, 6, 2, 16, 3).load_state_dict(model["critic"])
 
 
 BAD_NUMBERS = {
@@ -220,7 +238,8 @@ BAD_NUMBERS = {
     "--updates-per-step": "0", "--policy-frequency": "0", "--gamma": "1.5", "--tau": "1.5", "--reward-scale": "0",
     "--policy-lr": "-1e-4", "--q-lr": "nan", "--hidden-dim": "0", "--num-layers": "0", "--num-mc-samples": "1",
     "--best-of-n": "0", "--inverse-temperature": "inf", "--score-scale": "0", "--beta-min": "3", "--beta-max": "-1",
-    "--sigma-min": "2", "--sigma-max": "0", "--zero-r-ratio": "1.1", "--noise-scale": "0", "--initial-lambda": "0",
+    "--checkpoint-frequency": "0", "--num-episodes": "0",
+    "--zero-r-ratio": "1.1", "--noise-scale": "0", "--initial-lambda": "0",
     "--alpha-lr": "0", "--alpha-delay": "0", "--target-entropy": "nan", "--eval-frequency": "0", "--seed": "-1",
 }  # fmt: skip
 
@@ -249,16 +268,16 @@ def test_every_number_has_a_bad_value_above():
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--env-id Walker3d-v4", "Walker2d-v4"),
+        ("--env-id Walker3d-v4", "Did you mean: `Walker2d`"),
         ("--env-id DiscreteActions-v0", "Discrete(3); supported are flat continuous"),
         ("--env-id DictObservations-v0", "supported are flat continuous"),
         ("--env-id Images-v0", "supported are flat continuous"),
-        ("--env-id Unbounded-v0", "unbounded"),
+        ("--env-id Unbounded-v0", "bounded for actions"),
         ("--env-id Pusher-v4", "Pusher-v5"),
         ("--env-id Truncates-v0 --learning-starts 199", "--learning-starts"),
         ("--env-id Truncates-v0 --reference prior --sde ve", "--sde vp"),
         ("--env-id Truncates-v0 --track", "pip install wandb"),
-        ("--env-id Truncates-v0 --capture-video", "pip install moviepy"),
+        ("--env-id Rendered-v0 --capture-video", "pip install moviepy"),
         ("--env-id Truncates-v0 --cuda", "--no-cuda"),
     ],
 )
@@ -297,7 +316,8 @@ def test_every_field_is_read_and_every_default_has_its_type():
         if typing.get_origin(hint) is typing.Literal:
             assert field.default in typing.get_args(hint)
         else:
-            assert type(field.default) is hint, field.name
+            assert isinstance(field.default, hint), field.name
+            assert type(field.default) in (hint, type(None)), field.name
 
 
 def test_script_is_short_enough_to_be_read():
