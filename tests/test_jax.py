@@ -196,11 +196,15 @@ def test_score(reference, q_norm, clip):
     t = np.linspace(0.05, 0.95, B, dtype=np.float32)[:, None]
     mu, sigma, _, _ = som.vp_schedule(torch.tensor(t), 0.1, 2.0)
     rest = 3.0, reference, q_norm, clip
-    ours = somx.estimate_score(
-        lambda *x: somx.q_network(layers, *x)[0][0], obs, a, mu.numpy(), sigma.numpy(), eps, *rest
-    )
+
+    def ours(layers):
+        q_fn = lambda *x: somx.q_network(layers, *x)[0][0]  # noqa: E731
+        return somx.estimate_score(q_fn, obs, a, mu.numpy(), sigma.numpy(), eps, *rest)
+
     theirs = som.estimate_score(lambda *x: critic(*x)[0][0], obs_t, a_t, mu, sigma, eps_t, *rest)
-    close(ours, theirs)
+    close(ours(layers), theirs)
+    if q_norm is None:  # the critic's weights get no gradient
+        assert not any(g.any() for g in jax.tree.leaves(jax.grad(lambda layers: ours(layers)[0].sum())(layers)))
 
 
 def test_meanflow_target_and_best_of_n():
