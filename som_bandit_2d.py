@@ -20,6 +20,7 @@ import os
 import pathlib
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
@@ -52,13 +53,13 @@ class Args:
     bump_scale: float = 0.0  # height of a bump added to the reward at the origin (Appendix H.2, c); draws it too
     bump_std: float = 0.5  # its width (Appendix H.2, sigma)
     # Algorithm specific arguments
-    total_updates: int = 3_000  # updates of each policy
+    total_updates: int = 2_000  # updates of each policy
     num_envs: int = 64  # actions tried before each update, one reward query each
     learning_starts: int = 2_000  # uniform random actions before learning
     batch_size: int = 256  # actions in an update (B)
     policy_lr: float = 4e-3  # learning rate of the policy, falls linearly to 0
     q_lr: float = 4e-3  # learning rate of the critic, falls linearly to 0
-    hidden_dim: int = 64  # width of the policy's 3 hidden layers
+    hidden_dim: int = 128  # width of the policy's 3 hidden layers
     q_hidden_dim: int = 32  # width of the critic's 2 hidden layers
     num_frequencies: int = 1  # sines and cosines of time: 1 rad alone; 8 fill 1 to 3 rad
     policy_tau: float = 0.005  # rate of the moving average of the policy that acts
@@ -317,7 +318,7 @@ class Agent:  # a policy and its critic, trained by method "som" or "mfp"
         return actor_loss.item(), qf_loss.item()
 
 
-def train(args: Args, method: str, bandit: Bandit, progress: tqdm) -> tuple[Agent, list]:
+def train(args: Args, method: str, bandit: Bandit, position: int) -> tuple[Agent, list]:
     """A trained agent, and its one-step actions of the same noise at six times in training."""
     torch.manual_seed(args.seed)
     agent, film, film_noise = Agent(args, method, bandit), [], torch.randn(500, 1, 2)
@@ -325,28 +326,28 @@ def train(args: Args, method: str, bandit: Bandit, progress: tqdm) -> tuple[Agen
     actions, rewards = BOX * (2 * torch.rand(rows, 2) - 1), torch.empty(rows)
     rewards[: args.learning_starts] = bandit.query(actions[: args.learning_starts])
     frames = {math.ceil(args.total_updates * share) for share in (0.03, 0.06, 0.12, 0.25, 0.5, 1.0)}
-    for update in range(1, args.total_updates + 1):
+    progress = tqdm(range(1, args.total_updates + 1), method, unit="update", position=position, disable=None)
+    for update in progress:
         # ALGO LOGIC: put action logic here
         a = agent.act(torch.randn(args.num_envs, args.best_of_n if method == "mfp" else 1, 2))
         a = (a + args.noise_scale * torch.randn_like(a)).clamp(-BOX, BOX)
         end = args.learning_starts + update * args.num_envs
         actions[end - args.num_envs : end], rewards[end - args.num_envs : end] = a, bandit.query(a)
         # ALGO LOGIC: training.
-        slots = torch.randint(end, (args.batch_size,))
-        actor_loss, qf_loss = agent.update(actions[slots], rewards[slots])
+        actor_loss, qf_loss = agent.update(actions[slots := torch.randint(end, (args.batch_size,))], rewards[slots])
         if not math.isfinite(actor_loss + qf_loss):
             fail(f"a loss of {method} is not finite at update {update}, seed {args.seed}", code=1)
         if update % 100 == 0:
-            progress.set_postfix(method=method, reward=bandit.reward(a).mean().item(), actor_loss=actor_loss, q=qf_loss)
+            progress.set_postfix(reward=bandit.reward(a).mean().item(), actor_loss=actor_loss, q=qf_loss)
         if update in frames:
             film.append((update, agent.act(film_noise)))
-        progress.update()
     return agent, film
 
 
 @torch.no_grad()
-def integrate(agent: Agent, a: torch.Tensor) -> torch.Tensor:
+def integrate(agent: Agent, a: torch.Tensor, seed: int) -> torch.Tensor:
     """Ends of the probability-flow ODE from noise a (M, 2): Euler steps with the field the policy is trained on."""
+    torch.manual_seed(seed)
     for t in torch.linspace(1, 1 / NUM_ODE_STEPS, NUM_ODE_STEPS):  # split: a part fits into the processor's cache
         a = torch.cat([x - agent.velocity(x, t.expand(len(x), 1)) / NUM_ODE_STEPS for x in a.split(256)])
     return a
@@ -452,11 +453,11 @@ def check_args(args: Args):
         high = 1 if name in ("policy_tau", "zero_r_ratio") else 2**63
         if type(value) in (int, float) and not (0 < value <= high or (value == 0 and name in zero_too)):
             fail(f"--{name.replace('_', '-')} must be in {'[' if name in zero_too else '('}0, {high}], got {value}")
-    field, perturbed = (args.score_scale, args.beta_max), args.reward_noise + args.bump_scale > 0
+    perturbed, field = args.reward_noise + args.bump_scale > 0, (args.score_scale, args.beta_max)
     rules = {
         "--beta-max must be >= 0.1, beta(0)": args.beta_max >= 0.1,
         "--total-updates must be >= 100: the film has six frames": args.total_updates >= 100,
-        "--score-scale, --beta-max: of --reference uniform": field == (10, 1) or args.reference != "prior",
+        "--score-scale, --beta-max need --reference uniform": field == (10, 1) or args.reference == "uniform",
         "--reward-noise and --bump-scale need the learned critic": not (args.oracle_critic and perturbed),
         "--bump-std needs --bump-scale": args.bump_scale or args.bump_std == 0.5,
     }
@@ -472,14 +473,16 @@ if __name__ == "__main__":
     os.makedirs(folder := pathlib.Path("runs", name))
     clean, noisy = Bandit(args.task), Bandit(args.task, args.reward_noise, args.bump_scale, args.bump_std)
     bandits = {"_clean": clean, "": noisy} if args.reward_noise + args.bump_scale > 0 else {"": clean}
-    agents, films = {}, {}
-    with tqdm(total=2 * len(bandits) * args.total_updates, unit="update", disable=None) as progress:
-        for method, suffix in [(method, suffix) for method in ("som", "mfp") for suffix in bandits]:
-            agents[method + suffix], films[method + suffix] = train(args, method, bandits[suffix], progress)
+    # a thread each: the same numbers on every machine, and two cores train two policies at once
+    pool = ProcessPoolExecutor(2, torch.multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
+    kinds = [(method, suffix) for method in ("som", "mfp") for suffix in bandits]
+    jobs = {m + suffix: pool.submit(train, args, m, bandits[suffix], i) for i, (m, suffix) in enumerate(kinds)}
+    agents, films = ({name: job.result()[part] for name, job in jobs.items()} for part in (0, 1))
     torch.manual_seed(args.seed + 2**31)
     noise, grid = torch.randn(NUM_SAMPLES, 2), torch.cartesian_prod(*2 * [torch.linspace(-2, 2, 7)])  # (49, 2)
     samples = {name: agent.act(noise.unsqueeze(1)) for name, agent in agents.items()}
-    ode = integrate(agents["som"], torch.cat([noise, torch.randn(NUM_SAMPLES, 2), grid]))
+    parts = torch.cat([noise, torch.randn(NUM_SAMPLES, 2), grid]).chunk(8)
+    ode = torch.cat([*pool.map(integrate, 8 * [agents["som"]], parts, range(args.seed, args.seed + 8))])
     samples["pf_ode"], reference, ode_ends = ode.split([NUM_SAMPLES, NUM_SAMPLES, len(grid)])
     results = {name: measure(clean, a, reference) for name, a in samples.items()}
     np.savez_compressed(folder / "samples.npz", pf_ode_reference=reference, **samples)
