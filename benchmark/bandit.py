@@ -19,9 +19,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 SETTINGS = (
     "--oracle-critic",
     "--oracle-critic --reference uniform",
-    "--oracle-critic --total-updates 8000 --num-mc-samples 256",
     "",
     "--reference uniform",
+    "--oracle-critic --total-updates 8000 --num-mc-samples 256",
 )
 
 
