@@ -84,9 +84,9 @@ class Args:
     policy_q: Literal["mean", "min"] = "mean"  # what the score and best-of-N see of the twins; TD targets use the min
     q_norm: Literal["batch", "state"] = "state"  # the std that divides Q in the score; # differs from the paper: batch
     inverse_temperature: float = 5.0  # alpha at lambda = 1
-    score_scale: float = 10.0  # norm of the rescaled score of Eq 8 (w); # differs from the paper: 25, beta not printed
+    score_scale: float = 25.0  # norm of the rescaled score of Eq 8 (w)
     beta_min: float = 0.1  # beta(0) of the VP schedule
-    beta_max: float = 1.0  # beta(1) of the VP schedule
+    beta_max: float = 1.0  # beta(1) of the VP schedule; the paper prints none
     zero_r_ratio: float = 0.5  # share of the batch with r = 0, as in one-step acting; # differs from the paper: 0
     noise_scale: float = 0.1  # std of the exploration noise at lambda = 1
     autotune: bool = True  # move lambda: the noise is noise_scale lambda, alpha is inverse_temperature / lambda
@@ -394,8 +394,8 @@ def check_args(args: Args) -> tuple[int, int]:
 
 if __name__ == "__main__":
     args, checkpoint = tyro.cli(Args), None
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}_{os.getpid()}".replace("/", "_")
-    run_folder = pathlib.Path("runs", name)
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}_{os.getpid()}"
+    run_folder = pathlib.Path("runs", name.replace("/", "_"))
     if source := args.resume or args.evaluate:
         *others, path = sorted(pathlib.Path(source).glob("checkpoint_*.pt")) or [pathlib.Path(source)]
         try:
@@ -412,14 +412,13 @@ if __name__ == "__main__":
     # TRY NOT TO MODIFY: seeding
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
-    *_, eval_seed = np.random.SeedSequence(args.seed).generate_state(args.num_envs + 1).tolist()
+    *env_seeds, eval_seed = np.random.SeedSequence(args.seed).generate_state(args.num_envs + 1).tolist()
     agent = Agent(args, obs_dim, act_dim, device)
     generator = torch.cuda.default_generators[0] if args.cuda else torch.default_generator
     if args.evaluate:
         agent.load_state_dict(checkpoint["agent"])
         returns = evaluate(agent, eval_seed, f"{run_folder}/videos" if args.capture_video else None, args.num_episodes)
-        print(f"return {returns.mean():.1f} +- {returns.std():.1f}, by episode {returns.round(1).tolist()}")
-        sys.exit()
+        sys.exit(print(f"return {returns.mean():.1f} +- {returns.std():.1f}, by episode {returns.round(1).tolist()}"))
     run_folder.mkdir(parents=True, exist_ok=bool(checkpoint))
     # env setup: SameStep resets an environment in the step that ends its episode
     envs = gym.vector.SyncVectorEnv(args.num_envs * [partial(make_env, args.env_id)], autoreset_mode="SameStep")
@@ -431,6 +430,7 @@ if __name__ == "__main__":
         agent.optimizer.load_state_dict(checkpoint["optimizer"])
         generator.set_state(checkpoint["generator"])
         first_step, agent.num_updates, rb.num_added, episodic_return, evaluations, seconds = checkpoint["progress"]
+        env_seeds = np.random.SeedSequence([args.seed, first_step]).generate_state(args.num_envs).tolist()
     start, steps = time.time() - seconds, range(first_step + args.num_envs, args.total_timesteps + 1, args.num_envs)
     versions = {package: metadata.version(package) for package in ("torch", "gymnasium", "mujoco", "numpy", "tyro")}
     config = {"script": FORMAT.split(",")[0], **asdict(args), "resume": None, "versions": versions}
@@ -441,7 +441,7 @@ if __name__ == "__main__":
     for number in signal.SIGINT, signal.SIGTERM:  # the run ends after its step; a second signal kills it
         signal.signal(number, lambda number, _: stop.append(number) or signal.signal(number, signal.SIG_DFL))
     # TRY NOT TO MODIFY: start the game, in new episodes where the run is resumed
-    obs, _ = envs.reset(seed=np.random.SeedSequence([args.seed, first_step]).generate_state(args.num_envs).tolist())
+    obs, _ = envs.reset(seed=env_seeds)
     for global_step in (progress := tqdm(steps, unit="step", unit_scale=args.num_envs, disable=None)):
         # ALGO LOGIC: put action logic here
         if global_step <= args.learning_starts:
@@ -489,7 +489,7 @@ if __name__ == "__main__":
             state |= {"optimizer": agent.optimizer.state_dict(), "generator": generator.get_state()}
             torch.save(state, run_folder / "checkpoint.tmp")
             writer.flush()
-            os.sync()  # the replay buffer, too
+            getattr(os, "sync", int)()  # the replay buffer too; Windows has no such call
             os.replace(run_folder / "checkpoint.tmp", run_folder / f"checkpoint_{global_step:010d}.pt")
             for old in sorted(run_folder.glob("checkpoint_*.pt"))[:-2]:
                 old.unlink()

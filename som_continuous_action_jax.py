@@ -83,9 +83,9 @@ class Args:
     policy_q: Literal["mean", "min"] = "mean"  # what the score and best-of-N see of the twins; TD targets use the min
     q_norm: Literal["batch", "state"] = "state"  # the std that divides Q in the score; # differs from the paper: batch
     inverse_temperature: float = 5.0  # alpha at lambda = 1
-    score_scale: float = 10.0  # norm of the rescaled score of Eq 8 (w); # differs from the paper: 25, beta not printed
+    score_scale: float = 25.0  # norm of the rescaled score of Eq 8 (w)
     beta_min: float = 0.1  # beta(0) of the VP schedule
-    beta_max: float = 1.0  # beta(1) of the VP schedule
+    beta_max: float = 1.0  # beta(1) of the VP schedule; the paper prints none
     zero_r_ratio: float = 0.5  # share of the batch with r = 0, as in one-step acting; # differs from the paper: 0
     noise_scale: float = 0.1  # std of the exploration noise at lambda = 1
     autotune: bool = True  # move lambda: the noise is noise_scale lambda, alpha is inverse_temperature / lambda
