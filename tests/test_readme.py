@@ -25,5 +25,12 @@ def test_every_table_has_its_csv():
     assert {name for page in PAGES for name in re.findall(r"<!-- ([\w-]+\.csv) -->", page)} == {p.name for p in RESULTS}
 
 
+def test_returns_in_the_text_are_those_of_the_table():
+    table = collect.markdown(ROOT / "benchmark/results/small_setting.csv")
+    section = re.search(r"## Deviations from the paper\n(.*?)\n## ", PAGES[1], re.DOTALL)[1]
+    returns = re.findall(r"\d,\d{3}", section)
+    assert len(returns) > 10 and all(value in table for value in returns)
+
+
 def test_readme_is_short():
     assert len(collect.PAGES[0].read_text().splitlines()) <= 150
