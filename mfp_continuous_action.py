@@ -322,7 +322,7 @@ def check_args(args: Args) -> tuple[int, int]:
 
 if __name__ == "__main__":
     args, checkpoint = tyro.cli(Args), None
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}_{os.getpid()}"
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}_{os.getpid()}"
     run_folder = pathlib.Path("runs", name.replace("/", "_"))
     if source := args.resume or args.evaluate:
         *others, path = sorted(pathlib.Path(source).glob("checkpoint_*.pt")) or [pathlib.Path(source)]

@@ -418,7 +418,7 @@ if __name__ == "__main__":
         jax.config.update("jax_platforms", "cpu")
     obs_dim, act_dim = check_args(args)
     S, seeds = args.num_seeds, range(args.seed, args.seed + args.num_seeds)
-    stem, suffix = f"{args.env_id}__{args.exp_name}".replace("/", "_"), f"{int(time.time())}_{os.getpid()}"
+    stem, suffix = f"{args.env_id}__{args.exp_name}".replace("/", "_"), f"{time.time_ns()}_{os.getpid()}"
     run_folders = [f"runs/{stem}__{seed}__{suffix}" for seed in seeds]
     versions = {name: metadata.version(name) for name in ("jax", "optax", "gymnasium", "mujoco", "numpy", "tyro")}
     versions["python"] = sys.version.split()[0]

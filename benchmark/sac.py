@@ -113,7 +113,7 @@ if __name__ == "__main__":
         versions = {package: metadata.version(package) for package in packages}
     except metadata.PackageNotFoundError as error:
         som.fail(f"{error.name} is missing: pip install -r benchmark/requirements.txt")
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}_{os.getpid()}".replace("/", "_")
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}_{os.getpid()}".replace("/", "_")
     run_folder = pathlib.Path("runs", name)
     run_folder.mkdir(parents=True)
     config = {"script": "sac.py"} | dataclasses.asdict(args)
