@@ -156,9 +156,10 @@ def test_the_end_of_the_launcher_lets_the_runs_write_checkpoints(fake, number):
         else:
             process.kill()
             process.wait()
+    # a run that was just being started gets its signal when its worker ends, a moment after the launcher
     logs, deadline = list(fake.glob("out/*/output.log")), time.time() + 60
     while not all(path.read_text().endswith("stopped by a signal\n") for path in logs):
-        assert number == signal.SIGKILL and time.time() < deadline, [path.read_text() for path in logs]
+        assert time.time() < deadline, [path.read_text() for path in logs]
         time.sleep(0.2)
     assert len(logs) == len(list(fake.glob("out/*/runs/*/checkpoint_*.pt"))) == 2
     result = launch(fake, "--env-ids", "A-v0", "--seeds", 1, 3, 4, "--dry-run", common=("--pause", "0.5"))
