@@ -394,12 +394,8 @@ def launch(jobs, args):
         return len(path.read_text().splitlines()) if path.is_file() else 0
 
     def submit(job):
-        job.state, job.attempts, job.began, lines_before[job.name] = (
-            "waiting",
-            job.attempts + 1,
-            None,
-            attempts_begun(job),
-        )
+        job.state, job.attempts, job.began = "waiting", job.attempts + 1, None
+        lines_before[job.name] = attempts_begun(job)
         tasks[remote.remote(job, sys.executable, args.cpus_per_run, args.gpus_per_run, args.grace_s)] = job
 
     def judge(job, task):
