@@ -12,17 +12,16 @@ The policy turns noise into an action with ONE network evaluation; the field it 
     velocity  v = -beta/2 (a_t + w score / ||score||), the probability-flow ODE of the VP path           (Eq 6, 8)
     target    u_tgt = v - (t - r) (v d_a u + d_t u), by one Jacobian-vector product                      (Eq 7)
     actor     ||u(a_t, r, t, s) - stopgrad(u_tgt)||^2, a_t = mu a_0 + sigma eps, (s, a_0) from the replay buffer
-
 Conventions: t = 1 is noise, t = 0 is the action, 0 <= r <= t <= 1. Inside the learner actions live in [-1, 1]^A; the
 environment is rescaled at its edge. alpha is an INVERSE temperature: p_0(a|s) is proportional to exp(alpha Q(s, a)).
 Shapes: B states, A action coordinates; networks take N actions in each state, (B, N, A); twins come first, (2, B, N).
 """
 
 import copy
+import io
 import json
 import math
 import os
-import pathlib
 import signal
 import sys
 import time
@@ -32,6 +31,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module, metadata, util
 from itertools import pairwise
+from pathlib import Path
 from typing import Literal
 
 import gymnasium as gym
@@ -43,7 +43,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 Batch = namedtuple("Batch", "obs next_obs actions rewards terminated")
-FORMAT = f"{pathlib.Path(__file__).name}, checkpoints of version 1"
+FORMAT = f"{Path(__file__).name}, checkpoints of version 1"
 
 
 @dataclass
@@ -56,6 +56,7 @@ class Args:
     capture_video: bool = False  # record one episode of every evaluation in the run's folder
     save_model: bool = False  # write actor, critic and configuration to model.pt at the end
     checkpoint_frequency: int = 50_000  # environment steps between checkpoints; also at both ends, SIGINT and SIGTERM
+    checkpoint_buffer: bool = True  # keep the replay buffer too; else a resumed run collects learning_starts anew
     resume: str | None = None  # folder of a run (or a checkpoint in it) to go on with, in fresh episodes
     evaluate: str | None = None  # folder of a run (or a checkpoint in it) to evaluate instead of training
     num_episodes: int = 10  # episodes of an evaluation
@@ -163,9 +164,8 @@ def cosine_schedule(t):
 
 def ve_schedule(t, sigma_min=0.01, sigma_max=1.0):
     """Variance exploding, sigma = sigma_min (sigma_max / sigma_min)^t (Eq 10, B.2); sigma_max is the prior's std."""
-    log_ratio = math.log(sigma_max / sigma_min)
-    sigma = sigma_min * torch.exp(log_ratio * t)
-    return torch.ones_like(t), sigma, torch.zeros_like(t), 2 * log_ratio * sigma**2
+    sigma = sigma_min * (sigma_max / sigma_min) ** t
+    return torch.ones_like(t), sigma, torch.zeros_like(t), 2 * math.log(sigma_max / sigma_min) * sigma**2
 
 
 def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q_norm=None, clip=True):
@@ -221,9 +221,13 @@ def best_of_n(u_fn, q_fn, obs, noise):
 class ReplayBuffer:
     """Ring of transitions, a row each, on the training device; only `terminated` is stored as the end of an episode."""
 
-    def __init__(self, size: int, obs_dim: int, act_dim: int, device: torch.device, file: str | None = None):
-        self.num_added, self.widths = 0, [obs_dim, obs_dim, act_dim, 1, 1]
-        shape = size, sum(self.widths)  # a file is memory-mapped: it keeps its rows, a checkpoint writes what is new
+    def __init__(self, size: int, obs_dim: int, act_dim: int, device: torch.device, file: str = "", num_added: int = 0):
+        self.num_added, self.widths = num_added, [obs_dim, obs_dim, act_dim, 1, 1]
+        shape, row = (size, sum(self.widths)), 4 * sum(self.widths)  # a file is memory-mapped: it keeps its rows
+        if num_added and not (os.path.isfile(file) and os.path.getsize(file) >= row * min(size, num_added)):
+            fail(f"{file} is missing or too short; --no-checkpoint-buffer goes on without it")
+        if file and hasattr(os, "posix_fallocate"):  # all of it now: a later write that finds no room kills the process
+            os.posix_fallocate(os.open(file, os.O_RDWR | os.O_CREAT, 0o644), 0, row * size)
         self.disk = torch.from_file(file, True, math.prod(shape)).view(shape) if file else torch.empty(shape)
         self.rows = self.disk.to(device)  # on the CPU the same memory
 
@@ -381,9 +385,8 @@ def check_args(args: Args) -> tuple[int, int]:
     except Exception as error:  # of an unknown id, it names the nearest
         fail(f"{error}{'; use Pusher-v5 instead' if args.env_id == 'Pusher-v4' else ''}")
     for kind, space in ("observations", env.observation_space), ("actions", env.action_space):
-        rule = f"--env-id {args.env_id} has {kind} {space}; supported are flat continuous ones, bounded for actions"
-        flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
-        rules[rule] = flat and (kind == "observations" or space.is_bounded())
+        flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and (kind != "actions" or space.is_bounded())
+        rules[f"{args.env_id} has {kind} {space}; supported are flat continuous ones, bounded for actions"] = flat
     for rule in [rule for rule, holds in rules.items() if not holds]:
         fail(rule)
     margins = getattr(getattr(env.unwrapped, "model", None), "geom_margin", np.zeros(1))
@@ -393,17 +396,19 @@ def check_args(args: Args) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    args, checkpoint = tyro.cli(Args), None
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}_{os.getpid()}"
-    run_folder = pathlib.Path("runs", name.replace("/", "_"))
+    args, bad, stop = tyro.cli(Args), "", []
+    checkpoint = {"progress": (0, 0, 0, math.nan, "global_step,num_updates,return_mean,return_std,wall_time_s\n", 0.0)}
+    run_folder = Path("runs", f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}".replace("/", "_"))
     if source := args.resume or args.evaluate:
-        *others, path = sorted(pathlib.Path(source).glob("checkpoint_*.pt")) or [pathlib.Path(source)]
-        try:
-            checkpoint = torch.load(path, "cpu", weights_only=True)  # it executes nothing, and skips the checksums
-            if zipfile.ZipFile(path).testzip() or checkpoint["format"] != FORMAT:
-                raise ValueError(f"it is damaged, or not of {FORMAT}")
-        except Exception as error:
-            fail(f"{path} cannot be used, before it there is {[str(other) for other in others]}: {error}")
+        for path in sorted(Path(source).glob("checkpoint_*.pt"), reverse=True) or [Path(source)]:
+            try:
+                checkpoint = torch.load(path, "cpu", weights_only=True)  # it executes nothing, and skips the checksums
+                if zipfile.ZipFile(path).testzip() or checkpoint["format"] != FORMAT:
+                    raise ValueError(f"it is damaged, or not of {FORMAT}")
+                break
+            except Exception as error:
+                bad, checkpoint = f"{bad}{path} cannot be used: {error}; ", None
+        bad and fail(f"{bad}the newest good one is {checkpoint and path}")
         args, run_folder = tyro.cli(Args, default=Args(**checkpoint["args"])), path.parent
         for name in "env_id", "seed", "num_envs", "buffer_size", "hidden_dim", "num_layers", "policy_lr", "q_lr":
             if getattr(args, name) != checkpoint["args"][name]:
@@ -414,24 +419,22 @@ if __name__ == "__main__":
     device = torch.device("cuda" if args.cuda else "cpu")
     *env_seeds, eval_seed = np.random.SeedSequence(args.seed).generate_state(args.num_envs + 1).tolist()
     agent = Agent(args, obs_dim, act_dim, device)
-    generator = torch.cuda.default_generators[0] if args.cuda else torch.default_generator
+    rng = torch.cuda.default_generators[0] if args.cuda else torch.default_generator
+    first_step, agent.num_updates, num_added, episodic_return, evaluations, seconds = checkpoint["progress"]
+    agent.load_state_dict(checkpoint.get("agent", agent.state_dict()))
+    agent.optimizer.load_state_dict(checkpoint.get("optimizer", agent.optimizer.state_dict()))
     if args.evaluate:
-        agent.load_state_dict(checkpoint["agent"])
         returns = evaluate(agent, eval_seed, f"{run_folder}/videos" if args.capture_video else None, args.num_episodes)
         sys.exit(print(f"return {returns.mean():.1f} +- {returns.std():.1f}, by episode {returns.round(1).tolist()}"))
-    run_folder.mkdir(parents=True, exist_ok=bool(checkpoint))
-    # env setup: SameStep resets an environment in the step that ends its episode
-    envs = gym.vector.SyncVectorEnv(args.num_envs * [partial(make_env, args.env_id)], autoreset_mode="SameStep")
-    rb = ReplayBuffer(args.buffer_size, obs_dim, act_dim, device, f"{run_folder}/replay_buffer.bin")
-    first_step, seconds, episodic_return, stop = 0, 0.0, math.nan, []
-    evaluations = "global_step,num_updates,return_mean,return_std,wall_time_s\n"
-    if checkpoint:
-        agent.load_state_dict(checkpoint["agent"])
-        agent.optimizer.load_state_dict(checkpoint["optimizer"])
-        generator.set_state(checkpoint["generator"])
-        first_step, agent.num_updates, rb.num_added, episodic_return, evaluations, seconds = checkpoint["progress"]
-        env_seeds = np.random.SeedSequence([args.seed, first_step]).generate_state(args.num_envs).tolist()
     start, steps = time.time() - seconds, range(first_step + args.num_envs, args.total_timesteps + 1, args.num_envs)
+    steps or sys.exit(print(f"{run_folder} is finished at step {first_step}; --total-timesteps MORE goes on"))
+    hint = f"make room or mend the path, then --resume {run_folder} where it has a checkpoint"
+    sys.excepthook = lambda *e: fail(f"{e[1]}; {hint}", 1) if isinstance(e[1], OSError) else sys.__excepthook__(*e)
+    run_folder.mkdir(parents=True, exist_ok=bool(first_step))
+    envs = gym.vector.SyncVectorEnv(args.num_envs * [partial(make_env, args.env_id)], autoreset_mode="SameStep")
+    file, num_added = (f"{run_folder}/replay_buffer.bin", num_added) if args.checkpoint_buffer else ("", 0)
+    rb = ReplayBuffer(min(args.buffer_size, args.total_timesteps), obs_dim, act_dim, device, file, num_added)
+    rng.set_state(checkpoint.get("generator", rng.get_state()))
     versions = {package: metadata.version(package) for package in ("torch", "gymnasium", "mujoco", "numpy", "tyro")}
     config = {"script": FORMAT.split(",")[0], **asdict(args), "resume": None, "versions": versions}
     (run_folder / "config.json").write_text(json.dumps(config, indent=2))
@@ -441,8 +444,9 @@ if __name__ == "__main__":
     for number in signal.SIGINT, signal.SIGTERM:  # the run ends after its step; a second signal kills it
         signal.signal(number, lambda number, _: stop.append(number) or signal.signal(number, signal.SIG_DFL))
     # TRY NOT TO MODIFY: start the game, in new episodes where the run is resumed
-    obs, _ = envs.reset(seed=env_seeds)
+    obs, _ = envs.reset(seed=[(seed + first_step) % 2**32 for seed in env_seeds])
     for global_step in (progress := tqdm(steps, unit="step", unit_scale=args.num_envs, disable=None)):
+        place = f"at step {global_step}, seed {args.seed}; see {run_folder}"
         # ALGO LOGIC: put action logic here
         if global_step <= args.learning_starts:
             actions = 2 * torch.rand(args.num_envs, act_dim, device=device) - 1
@@ -459,8 +463,7 @@ if __name__ == "__main__":
             writer.add_scalar("charts/episodic_return", episodic_return, global_step)
             writer.add_scalar("charts/episodic_length", infos["final_info"]["episode"]["l"][i], global_step)
         for quantity, values in ("action", actions), ("reward", rewards), ("observation", [next_obs, real_next_obs]):
-            if not np.isfinite(values).all():
-                fail(f"the {quantity} is not finite at step {global_step}, seed {args.seed}; see {run_folder}", code=1)
+            np.isfinite(values).all() or fail(f"the {quantity} is not finite {place}", code=1)
         rb.add(obs, real_next_obs, actions, rewards, terminated)
         obs = next_obs
         # ALGO LOGIC: training.
@@ -468,12 +471,10 @@ if __name__ == "__main__":
             for _ in range(args.updates_per_step):
                 info = agent.update(rb.sample(args.batch_size))
             if agent.num_updates % (100 * args.policy_frequency) < args.updates_per_step or global_step == steps[-1]:
-                scalars = {tag: value.item() for tag, value in info.items()}
+                scalars = {k: x.item() for k, x in info.items()} | {"charts/SPS": global_step / (time.time() - start)}
                 for tag, value in scalars.items():
-                    if not math.isfinite(value):
-                        fail(f"{tag} is not finite at step {global_step}, seed {args.seed}; see {run_folder}", code=1)
+                    math.isfinite(value) or fail(f"{tag} is not finite {place}", code=1)
                     writer.add_scalar(tag, value, global_step)
-                writer.add_scalar("charts/SPS", global_step / (time.time() - start), global_step)
                 progress.set_postfix({k: x for k, x in scalars.items() if k.endswith("_loss")}, episode=episodic_return)
         if global_step % args.eval_frequency < args.num_envs or global_step == steps[-1]:
             returns = evaluate(agent, eval_seed, f"{run_folder}/videos/{global_step}" if args.capture_video else None)
@@ -482,19 +483,18 @@ if __name__ == "__main__":
             writer.add_scalar("charts/eval_return", returns.mean(), global_step)
             tqdm.write(f"step {global_step}: evaluation return {returns.mean():.1f} +- {returns.std():.1f}")
         if stop or global_step % args.checkpoint_frequency < args.num_envs or global_step in (steps[0], steps[-1]):
-            if not all(weight.isfinite().all() for weight in agent.parameters()):
-                fail(f"a weight is not finite at step {global_step}, seed {args.seed}; see {run_folder}", code=1)
-            done = global_step, agent.num_updates, rb.num_added, episodic_return, evaluations, time.time() - start
-            state = {"format": FORMAT, "args": asdict(args), "progress": done, "agent": agent.state_dict()}
-            state |= {"optimizer": agent.optimizer.state_dict(), "generator": generator.get_state()}
-            torch.save(state, run_folder / "checkpoint.tmp")
+            all(w.isfinite().all() for w in agent.parameters()) or fail(f"a weight is not finite {place}", code=1)
+            done = global_step, agent.num_updates, rb.num_added * args.checkpoint_buffer, episodic_return, evaluations
+            state = {"format": FORMAT, "args": asdict(args), "agent": agent.state_dict(), "generator": rng.get_state()}
+            state |= {"optimizer": agent.optimizer.state_dict(), "progress": (*done, time.time() - start)}
+            torch.save(state, data := io.BytesIO())
+            (run_folder / "checkpoint.tmp").write_bytes(data.getbuffer())
             writer.flush()
             getattr(os, "sync", int)()  # the replay buffer too; Windows has no such call
             os.replace(run_folder / "checkpoint.tmp", run_folder / f"checkpoint_{global_step:010d}.pt")
             for old in sorted(run_folder.glob("checkpoint_*.pt"))[:-2]:
                 old.unlink()
-        if stop:
-            fail(f"stopped at step {global_step}; go on with --resume {run_folder}", code=128 + stop[0])
+        stop and fail(f"stopped at step {global_step}; go on with --resume {run_folder}", code=128 + stop[0])
     if args.save_model:
         states = {"actor": agent.acting_actor.state_dict(), "critic": agent.critic.state_dict(), "config": config}
         torch.save(states, run_folder / "model.pt")
