@@ -4,7 +4,9 @@ import csv
 import json
 import pathlib
 import random
+import resource
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,12 +28,12 @@ TINY = (
 
 
 class WalkEnv(gym.Env):
-    """A random walk of 5 steps; at step `poisoned` of this environment its `what` is not a number."""
+    """Random observations, episodes of 5 steps; at step `poisoned` of this environment its `what` is not a number."""
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (3,))
     action_space = gym.spaces.Box(-1.0, 1.0, (2,))
 
-    def __init__(self, what: str = "", poisoned: int = 60):
+    def __init__(self, what: str = "", poisoned: int = 30):
         self.what, self.poisoned, self.total = what, poisoned, 0
 
     def reset(self, *, seed=None, options=None):
@@ -49,40 +51,67 @@ class WalkEnv(gym.Env):
         return obs, reward, False, self.t == 5, {}
 
 
+class ClockEnv(WalkEnv):
+    """Its observations are the time and the last action: all its episodes begin alike."""
+
+    def reset(self, *, seed=None, options=None):
+        return 0 * super().reset(seed=seed)[0], {}
+
+    def step(self, action):
+        _, *others = super().step(action)
+        return np.array([self.t, *action]), *others
+
+
+gym.register("Clock-v0", ClockEnv, disable_env_checker=True)
 for name, what in {"Walk-v0": "", "WalkToo-v0": "", "PoisonedReward-v0": "reward"}.items():
     gym.register(name, WalkEnv, kwargs={"what": what}, disable_env_checker=True)
 # an observation in the middle and one at the end of an episode
-for name, poisoned in {"PoisonedObservation-v0": 58, "PoisonedLast-v0": 60}.items():
+for name, poisoned in {"PoisonedObservation-v0": 28, "PoisonedLast-v0": 30}.items():
     gym.register(name, WalkEnv, kwargs={"what": "observation", "poisoned": poisoned}, disable_env_checker=True)
 
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """The script, run in this process, takes over SIGINT and SIGTERM."""
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    """The script, run in this process, takes over SIGINT, SIGTERM and uncaught exceptions."""
+    before, hook = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], sys.excepthook
     yield
+    sys.excepthook = hook
     for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
         signal.signal(number, handler)
 
 
-@pytest.fixture(params=SCRIPTS, ids=lambda path: path.stem)
-def run_loop(request, monkeypatch, tmp_path):
+@pytest.fixture(scope="module", params=SCRIPTS, ids=lambda path: path.stem)
+def script(request):
+    return request.param
+
+
+def run_main(folder, script, *flags):
     """Runs the script as __main__ in this process; returns its variables."""
-
-    def run(*flags):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [str(request.param), *flags])
-        return types.SimpleNamespace(**runpy.run_path(str(request.param), run_name="__main__"))
-
-    return run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", [str(script), *flags])
+        return types.SimpleNamespace(**runpy.run_path(str(script), run_name="__main__"))
 
 
 @pytest.fixture
-def finished(run_loop, tmp_path):
+def run_loop(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return lambda *flags: run_main(tmp_path, script, *flags)
+
+
+@pytest.fixture(scope="module")
+def finished_once(script, tmp_path_factory):
+    run = run_main(folder := tmp_path_factory.mktemp("finished"), script, *TINY, "--env-id", "Walk-v0")
+    return folder / run.run_folder
+
+
+@pytest.fixture
+def finished(finished_once, tmp_path):
     """Folder of a finished run of 120 steps, with checkpoints at 64 and 120."""
-    run_loop(*TINY, "--env-id", "Walk-v0")
-    (folder,) = (tmp_path / "runs").iterdir()
-    return folder
+    return pathlib.Path(shutil.copytree(finished_once, tmp_path / "runs" / finished_once.name))
+
+
+MORE = "--total-timesteps", "200"
 
 
 def checkpoints(folder):
@@ -112,23 +141,24 @@ def refused(run_loop, capsys, *flags):
     return message
 
 
-def test_updates_after_a_resume_are_bit_equal(run_loop):
-    run = run_loop(*TINY, "--env-id", "Walk-v0")  # ends with a checkpoint
-    assert run.rb.num_added == 120 > len(run.rb.rows)  # the ring is full
-    rows = run.rb.rows.clone()
-    for _ in range(20):
-        run.agent.update(run.rb.sample(32))
-    expected = weights(run.agent)
+def test_n_steps_a_resume_and_m_steps_are_bit_equal_to_n_plus_m(run_loop):
+    # episodes begin alike, and none is cut by the checkpoint at 60: the resumed run has nothing that is new
+    flags = "--env-id", "Clock-v0", "--checkpoint-frequency", "60"
+    whole = run_loop(*TINY, *flags)
+    first = run_loop(*TINY, *flags, "--total-timesteps", "60")
+    before = weights(first.agent)
     torch.manual_seed(12345)
-    again = run_loop("--resume", str(run.run_folder))  # at its last step already: it is loaded, and that is all
-    assert again.agent is not run.agent and again.agent.num_updates == run.agent.num_updates - 20
-    assert again.rb.num_added == run.rb.num_added  # the next row takes the oldest one's place
-    torch.testing.assert_close(again.rb.rows, rows, rtol=0, atol=0)
-    before = weights(again.agent)
-    for _ in range(20):
-        again.agent.update(again.rb.sample(32))
-    torch.testing.assert_close(weights(again.agent), expected, rtol=0, atol=0, equal_nan=True)
-    assert any(not torch.equal(before[name], expected[name]) for name in before)
+    again = run_loop("--resume", str(first.run_folder), "--total-timesteps", "120")
+    assert again.run_folder.samefile(first.run_folder) and again.agent is not first.agent
+    assert again.agent.num_updates == whole.agent.num_updates == 40 > first.agent.num_updates
+    torch.testing.assert_close(weights(again.agent), weights(whole.agent), rtol=0, atol=0, equal_nan=True)
+    assert any(not torch.equal(before[name], tensor) for name, tensor in weights(again.agent).items())
+    moments, expected = (run.agent.optimizer.state_dict()["state"] for run in (again, whole))
+    torch.testing.assert_close(moments, expected, rtol=0, atol=0)
+    assert again.rb.num_added == whole.rb.num_added == 120 > len(whole.rb.rows) == 90  # the ring is full
+    torch.testing.assert_close(again.rb.rows, whole.rb.rows, rtol=0, atol=0)
+    rows = [[line.split(",")[:4] for line in run.evaluations.splitlines()] for run in (again, whole)]
+    assert rows[0] == rows[1] and len(rows[0]) == 7
 
 
 def test_a_resumed_run_continues_its_curves(run_loop, finished):
@@ -170,7 +200,7 @@ def test_a_resumed_run_sees_other_episodes(run_loop, finished):
     try:
         run_loop("--resume", str(finished), "--total-timesteps", "130")
         again, seeds = seeds[:2], []
-        run_loop(*TINY, "--env-id", "Walk-v0")
+        run_loop(*TINY, "--env-id", "Walk-v0", "--total-timesteps", "44")
     finally:
         WalkEnv.reset = reset
     assert None not in again and not set(again) & set(seeds[:2])
@@ -224,13 +254,17 @@ DAMAGES = {
 
 def test_a_bad_checkpoint_is_refused_and_the_one_before_it_named(run_loop, finished, capsys):
     before, last = checkpoints(finished)
-    whole = last.read_bytes()
+    whole, good = last.read_bytes(), before.read_bytes()
     for damage in DAMAGES.values():
         last.write_bytes(whole)
         damage(last)
         for flag in "--resume", "--evaluate":
             message = refused(run_loop, capsys, flag, str(finished))
-            assert last.name in message and before.name in message
+            assert f"{last} cannot be used" in message and message.endswith(f"the newest good one is {before}")
+    truncate(before)
+    message = refused(run_loop, capsys, "--resume", str(finished))
+    assert f"{before} cannot be used" in message and message.endswith("is None")
+    before.write_bytes(good)
     run = run_loop("--resume", str(before), "--total-timesteps", "130")
     assert run.steps[0] == 66 and run.run_folder.samefile(finished)
 
@@ -247,14 +281,83 @@ def test_what_cannot_change_is_refused(run_loop, finished, capsys):
     assert files == {path.name: path.read_bytes() for path in finished.iterdir()}
 
 
+def test_a_lost_replay_buffer_is_refused_and_can_be_left_behind(run_loop, finished, capsys):
+    file, row = finished / "replay_buffer.bin", 4 * (3 + 3 + 2 + 1 + 1)
+    assert file.stat().st_size == 90 * row
+    file.write_bytes(file.read_bytes()[:-1])
+    assert f"{file} is missing or too short" in refused(run_loop, capsys, "--resume", str(finished), *MORE)
+    file.unlink()
+    assert "--no-checkpoint-buffer" in refused(run_loop, capsys, "--resume", str(finished), *MORE)
+    assert not file.exists()
+    run = run_loop("--resume", str(finished), *MORE, "--no-checkpoint-buffer")
+    assert run.rb.num_added == 80 and run.agent.num_updates == 40 + 20 and not file.exists()
+
+
+def test_without_its_buffer_a_resumed_run_fills_it_anew_before_it_learns(run_loop, monkeypatch):
+    run = run_loop(*TINY, "--env-id", "Walk-v0", "--no-checkpoint-buffer")
+    assert run.rb.num_added == 120 and run.agent.num_updates == 40
+    assert not (run.run_folder / "replay_buffer.bin").exists()
+    seen = weights(run.agent)
+    again = run_loop("--resume", str(run.run_folder), "--total-timesteps", "160")
+    # learning_starts steps, of the policy's own actions, and not one update
+    assert again.rb.num_added == 40 and again.agent.num_updates == 40
+    torch.testing.assert_close(weights(again.agent), seen, rtol=0, atol=0, equal_nan=True)
+    again = run_loop("--resume", str(run.run_folder), "--total-timesteps", "220", "--checkpoint-buffer")
+    assert again.rb.num_added == 60 and again.agent.num_updates == 50
+    file = run.run_folder / "replay_buffer.bin"
+    again = run_loop("--resume", str(run.run_folder), "--total-timesteps", "222")  # now it has been kept
+    assert again.rb.num_added == 62 and again.agent.num_updates == 51 and file.exists()
+    assert again.rb.rows[:62].abs().sum(dim=1).all()
+
+
+def test_a_finished_run_says_so(run_loop, finished, capsys):
+    before = {path.name: path.read_bytes() for path in finished.iterdir()}
+    with pytest.raises(SystemExit) as stop:
+        run_loop("--resume", str(finished))
+    assert not stop.value.code
+    (line,) = capsys.readouterr().out.splitlines()
+    assert f"{finished} is finished at step 120" in line and "--total-timesteps MORE" in line
+    assert before == {path.name: path.read_bytes() for path in finished.iterdir()}
+
+
+def unwritable(run_loop, capsys, *flags):
+    with pytest.raises(OSError) as error:
+        run_loop(*flags)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:  # what the interpreter does with it
+        sys.excepthook(error.type, error.value, error.tb)
+    message = capsys.readouterr().err.strip()
+    assert stop.value.code == 1 and message.startswith("error: ") and len(message.splitlines()) == 1
+    return message
+
+
+def test_a_folder_that_cannot_be_written_is_named(run_loop, finished, capsys):
+    files = {path.name: path.read_bytes() for path in finished.iterdir() if path.name != "config.json"}
+    (finished / "config.json").unlink()
+    (finished / "config.json").mkdir()  # cannot be written, by root neither
+    assert str(finished) in unwritable(run_loop, capsys, "--resume", str(finished), *MORE)
+    assert files == {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()}
+    shutil.rmtree("runs")
+    pathlib.Path("runs").write_text("a file")
+    assert "Not a directory: 'runs/Walk" in unwritable(run_loop, capsys, *TINY, "--env-id", "Walk-v0")
+
+
+def test_two_runs_never_share_a_folder(run_loop, monkeypatch, capsys):
+    monkeypatch.setattr(time, "time_ns", lambda: 17)
+    name = run_loop(*TINY, "--env-id", "Walk-v0", "--total-timesteps", "44").run_folder
+    files = {path.name: path.read_bytes() for path in name.iterdir()}
+    assert "File exists" in unwritable(run_loop, capsys, *TINY, "--env-id", "Walk-v0")
+    assert files == {path.name: path.read_bytes() for path in name.iterdir()}
+
+
 def poison(monkeypatch):
-    """The 30th step of Adam puts a NaN into a weight of the acting networks."""
+    """The 10th step of Adam puts a NaN into a weight of the acting networks."""
     calls, step = [], torch.optim.Adam.step
 
     def poisoned(self, closure=None):
         step(self, closure)
         calls.append(1)
-        if len(calls) == 30:
+        if len(calls) == 10:
             with torch.no_grad():
                 self.param_groups[0]["params"][0].view(-1)[5] = np.nan
 
@@ -272,8 +375,8 @@ def test_what_is_not_finite_never_reaches_a_checkpoint(run_loop, monkeypatch, tm
     message = capsys.readouterr().err.strip().splitlines()[-1]
     (folder,) = (tmp_path / "runs").iterdir()
     assert stop.value.code == 1 and what.split()[-1] in message and "seed 1" in message
-    # Adam steps twice from 42 on: its 30th step is in the 15th
-    step = {"reward": 120, "observation": 116, "last observation": 120, "weight": 70}[what]
+    # Adam steps twice from 42 on: its 10th step is in the 5th
+    step = {"reward": 60, "observation": 56, "last observation": 60, "weight": 50}[what]
     assert f"not finite at step {step}" in message and str(folder.name) in message
     path = checkpoints(folder)[-1]
     assert path.name == f"checkpoint_{step - 2:010d}.pt"
@@ -323,12 +426,9 @@ def test_a_killed_run_always_goes_on(tmp_path, seed, moments):
         assert last.name == f"checkpoint_{step:010d}.pt"
         known = {path.name for path in checkpoints(folder)}
         flags = ["--resume", str(folder)]
-    ended = subprocess.run(
-        command(script, *flags, "--total-timesteps", str(step + 10)), cwd=tmp_path, capture_output=True, text=True
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert checkpoints(folder)[-1].name == f"checkpoint_{step + 10:010d}.pt"
-    assert evaluations(folder)[-1][0] == step + 10
+    run = run_main(tmp_path, script, *flags, "--total-timesteps", str(step + 60))
+    assert run.steps[0] == step + 2 and checkpoints(folder)[-1].name == f"checkpoint_{step + 60:010d}.pt"
+    assert evaluations(folder)[-1][0] == step + 60
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
@@ -344,3 +444,28 @@ def test_a_stopped_run_writes_a_checkpoint(tmp_path, number):
     assert first.name == "checkpoint_0000000002.pt" and step > 2
     message = (tmp_path / "errors").read_text().strip().splitlines()[-1]
     assert f"stopped at step {step}" in message and f"--resume runs/{folder.name}" in message
+
+
+def test_a_full_disk_ends_the_run_with_a_clear_line(tmp_path):
+    flags = *FLAGS, "--total-timesteps", "1000000"
+    process = start(tmp_path, SCRIPTS[0], *flags)
+    wait_for_new_checkpoint(tmp_path, set(), process)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (4000, 4000))  # no file can grow beyond it
+    assert process.wait(60) == 1
+    (folder,) = (tmp_path / "runs").iterdir()
+    message = (tmp_path / "errors").read_text().strip().splitlines()[-1]
+    assert message.startswith("error: ") and "File too large" in message and f"--resume runs/{folder.name}" in message
+    path = checkpoints(folder)[-1]
+    step = torch.load(path, weights_only=True)["progress"][0]
+    assert path.name == f"checkpoint_{step:010d}.pt"
+    run = run_main(tmp_path, SCRIPTS[0], "--resume", str(folder), "--total-timesteps", str(step + 60))
+    assert run.steps[0] == step + 2 and checkpoints(folder)[-1].name == f"checkpoint_{step + 60:010d}.pt"
+
+
+def test_a_disk_without_room_for_the_buffer_refuses_the_run(run_loop, capsys):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+    try:
+        assert "File too large" in unwritable(run_loop, capsys, *TINY, "--env-id", "Walk-v0")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
