@@ -455,7 +455,7 @@ def scalars(run_folder):
 
 
 def test_walker2d_as_a_user_runs_it(tmp_path):
-    flags = [*TINY, "--total-timesteps", "600", "--save-model"]
+    flags = [*TINY, "--total-timesteps", "300", "--save-model"]
     finished = run_script(tmp_path, "--env-id", "Walker2d-v4", *flags)
     assert finished.returncode == 0, finished.stderr
     (run_folder,) = (tmp_path / "runs").iterdir()
@@ -464,7 +464,7 @@ def test_walker2d_as_a_user_runs_it(tmp_path):
     config = json.loads((run_folder / "config.json").read_text())
     assert config["env_id"] == "Walker2d-v4" and config["ivc_coef"] == 1 and "torch" in config["versions"]
     rows = list(csv.DictReader((run_folder / "evaluations.csv").open()))
-    assert [int(row["global_step"]) for row in rows] == [100, 200, 300, 400, 500, 600]
+    assert [int(row["global_step"]) for row in rows] == [100, 200, 300]
     logged = scalars(run_folder)
     assert logged.keys() == {
         "charts/episodic_return", "charts/episodic_length", "charts/SPS", "charts/eval_return", "losses/qf_loss",
@@ -542,12 +542,13 @@ def test_bad_input_is_refused(monkeypatch, tmp_path, capsys, flags, words):
     assert words in refused(monkeypatch, tmp_path, capsys, *flags.split())
 
 
-def test_bad_input_of_the_real_script(tmp_path):
+def test_bad_input_of_the_real_script(monkeypatch, tmp_path):
     finished = run_script(tmp_path, "--env-id", "Walker2d-v9")
     assert finished.returncode == 2 and finished.stderr.startswith("error: ") and finished.stderr.count("\n") == 1
     for flags in (["--no-such-flag"], ["--tangent", "none"]):
-        finished = run_script(tmp_path, *flags)
-        assert finished.returncode == 2 and finished.stderr and "Traceback" not in finished.stderr
+        with pytest.raises(SystemExit) as stop:
+            run_loop(monkeypatch, tmp_path, *flags)
+        assert stop.value.code == 2
     assert not any(tmp_path.iterdir())
 
 
