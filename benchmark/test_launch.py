@@ -137,7 +137,15 @@ def test_grid_with_a_failure_and_a_kill(fake):
     assert len(rows) == 5 + 5 + 6 + 2
 
 
+def leads_to(path, folder):
+    try:
+        return path.readlink() == folder
+    except OSError:  # the process has ended
+        return False
+
+
 @needs_ray
+@pytest.mark.skipif(not pathlib.Path("/proc/self/cwd").exists(), reason="finds the process in /proc")
 def test_a_real_run_that_is_killed_goes_on_from_its_checkpoint(tmp_path):
     flags = ["--scripts", SCRIPT.parents[1] / "som_continuous_action.py", "--env-ids", "Pendulum-v1", "--retries", "1"]
     common = "--total-timesteps 3000 --num-envs 1 --learning-starts 100 --hidden-dim 8 --num-layers 1 --batch-size 8 "
@@ -150,7 +158,8 @@ def test_a_real_run_that_is_killed_goes_on_from_its_checkpoint(tmp_path):
             assert process.poll() is None and time.time() < deadline, (tmp_path / "errors").read_text()
             time.sleep(0.05)
         (run,) = (folder / "runs").iterdir()
-        os.kill(int(run.name.rpartition("_")[2]), signal.SIGKILL)  # a run's name ends with its process id
+        (script,) = [path.parent.name for path in pathlib.Path("/proc").glob("[0-9]*/cwd") if leads_to(path, folder)]
+        os.kill(int(script), signal.SIGKILL)
         assert process.wait(200) == 0, (tmp_path / "errors").read_text()
     commands = [json.loads(line)["command"] for line in (folder / "attempts.jsonl").read_text().splitlines()]
     assert ["--resume" in command for command in commands] == [False, True]
