@@ -154,8 +154,8 @@ def markdown(path):
         flags = [flag for flag in flags_of(row["command"]) if flag not in common[row["script"]]]
         own.setdefault(run_of(row)[:3], dict.fromkeys(flags)).update(dict.fromkeys(flags))
     lines = [
-        "| environment | setting | own flags | steps | final return, seed by seed | mean |",
-        "|---|---|---|---|---|---|",
+        "| environment | script | setting | own flags | steps | final return, seed by seed | mean |",
+        "|---|---|---|---|---|---|---|",
     ]
     for (env_id, setting, script), seeds in final.items():
         returns = [seeds[seed][1] for seed in sorted(seeds)]
@@ -163,7 +163,8 @@ def markdown(path):
         steps = max(step for step, _ in seeds.values())
         flags = f"`{' '.join(own[env_id, setting, script])}`" if own[env_id, setting, script] else ""
         mean = f"{statistics.mean(returns):,.0f}"
-        lines.append(f"| {env_id} | {setting} | {flags} | {steps:,} | {cells} | {mean} |")
+        stem = pathlib.Path(script).stem.replace("_continuous_action", "")
+        lines.append(f"| {env_id} | {stem} | {setting} | {flags} | {steps:,} | {cells} | {mean} |")
     return "\n".join(lines)
 
 

@@ -137,6 +137,37 @@ def test_grid_with_a_failure_and_a_kill(fake):
     assert len(rows) == 5 + 5 + 6 + 2
 
 
+def leads_to(path, folder):
+    try:
+        return path.readlink() == folder
+    except OSError:  # the process has ended
+        return False
+
+
+@needs_ray
+@pytest.mark.skipif(not pathlib.Path("/proc/self/cwd").exists(), reason="finds the process in /proc")
+def test_a_real_run_that_is_killed_goes_on_from_its_checkpoint(tmp_path):
+    flags = ["--scripts", SCRIPT.parents[1] / "som_continuous_action.py", "--env-ids", "Pendulum-v1", "--retries", "1"]
+    common = "--total-timesteps 3000 --num-envs 1 --learning-starts 100 --hidden-dim 8 --num-layers 1 --batch-size 8 "
+    common += "--num-mc-samples 2 --best-of-n 2 --eval-frequency 1000 --checkpoint-frequency 200 --no-cuda"
+    command = [sys.executable, SCRIPT, "--out", "out", "--num-cpus", "1", *flags, "--", *common.split()]
+    with (tmp_path / "errors").open("w") as errors:
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=errors)
+        folder, deadline = tmp_path / "out/som_continuous_action__Pendulum-v1__default__1", time.time() + 200
+        while len(list(folder.glob("runs/*/checkpoint_*.pt"))) < 2:
+            assert process.poll() is None and time.time() < deadline, (tmp_path / "errors").read_text()
+            time.sleep(0.05)
+        (run,) = (folder / "runs").iterdir()
+        (script,) = [path.parent.name for path in pathlib.Path("/proc").glob("[0-9]*/cwd") if leads_to(path, folder)]
+        os.kill(int(script), signal.SIGKILL)
+        assert process.wait(200) == 0, (tmp_path / "errors").read_text()
+    commands = [json.loads(line)["command"] for line in (folder / "attempts.jsonl").read_text().splitlines()]
+    assert ["--resume" in command for command in commands] == [False, True]
+    assert f"--resume runs/{run.name} --total-timesteps 3000" in commands[1]
+    with (run / "evaluations.csv").open() as file:
+        assert [int(row["global_step"]) for row in csv.DictReader(file)] == [1000, 2000, 3000]
+
+
 @needs_ray
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_the_end_of_the_launcher_lets_the_runs_write_checkpoints(fake, number):
