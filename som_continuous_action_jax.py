@@ -382,9 +382,8 @@ def check_args(args: Args) -> tuple[int, int]:
     except Exception as error:  # of an unknown id, it names the nearest
         fail(f"{error}{'; use Pusher-v5 instead' if args.env_id == 'Pusher-v4' else ''}")
     for kind, space in ("observations", env.observation_space), ("actions", env.action_space):
-        rule = f"--env-id {args.env_id} has {kind} {space}; supported are flat continuous ones, bounded for actions"
-        flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
-        rules[rule] = flat and (kind == "observations" or space.is_bounded())
+        flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and (kind != "actions" or space.is_bounded())
+        rules[f"{args.env_id} has {kind} {space}; supported are flat continuous ones, bounded for actions"] = flat
     for rule in [rule for rule, holds in rules.items() if not holds]:
         fail(rule)
     return env.observation_space.shape[0], env.action_space.shape[0]
@@ -434,6 +433,7 @@ if __name__ == "__main__":
     config = {"script": FORMAT.split(",")[0], **asdict(args), "resume": None, "first_seed": args.seed}
     if args.track:
         import_module("wandb").init(project="som", name=run_folders[0].name, config=config, sync_tensorboard=True)
+    sys.excepthook = lambda *e: fail(str(e[1]), 1) if isinstance(e[1], OSError) else sys.__excepthook__(*e)
     for seed, folder, table in zip(seeds, run_folders, tables, strict=True):
         folder.mkdir(parents=True, exist_ok=bool(checkpoint))
         (folder / "config.json").write_text(json.dumps(config | {"seed": seed, "versions": versions}, indent=2))
@@ -444,7 +444,9 @@ if __name__ == "__main__":
         signal.signal(number, lambda number, _: stop.append(number) or signal.signal(number, signal.SIG_DFL))
     # env setup: SameStep resets an environment in the step that ends its episode; each seed has num_envs, in its order
     envs = gym.vector.SyncVectorEnv(len(env_seeds) * [partial(make_env, args.env_id)], autoreset_mode="SameStep")
-    buffer = jnp.array(disk := np.memmap(rows_file, np.float32, "r+" if checkpoint else "w+", shape=shape))
+    if hasattr(os, "posix_fallocate"):  # all of the file now: a later write that finds no room kills the process
+        os.posix_fallocate(os.open(rows_file, os.O_RDWR | os.O_CREAT, 0o644), 0, 4 * math.prod(shape))
+    buffer = jnp.array(disk := np.memmap(rows_file, np.float32, "r+" if rows_file.exists() else "w+", shape=shape))
     steps, start = range(first_step + args.num_envs, args.total_timesteps + 1, args.num_envs), time.time() - seconds
     # TRY NOT TO MODIFY: start the game, in new episodes where the run is resumed
     obs, _ = envs.reset(seed=env_seeds.tolist())
@@ -495,5 +497,4 @@ if __name__ == "__main__":
             os.replace(run_folders[0] / "unfinished.npz", run_folders[0] / f"checkpoint_{global_step:010d}.npz")
             for old in sorted(run_folders[0].glob("checkpoint_*.npz"))[:-2]:
                 old.unlink()
-        if stop:
-            fail(f"stopped at step {global_step}; go on with --resume {run_folders[0]}", code=128 + stop[0])
+        stop and fail(f"stopped at step {global_step}; go on with --resume {run_folders[0]}", code=128 + stop[0])

@@ -251,8 +251,26 @@ def test_a_weight_that_is_not_finite_never_reaches_a_checkpoint(finished, tmp_pa
         run_loop(tmp_path, "--resume", finished, "--total-timesteps", "260")
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 1 and second(finished).name in message
-    assert "weight" in message and "is not finite at step 202, seed 2" in message
+    assert "weight .critic[1][0] is not finite at step 202, seed 2" in message
     assert len(checkpoints(finished)) == 2 and checkpoints(finished)[-1].name == "checkpoint_0000000200.npz"
+
+
+def test_a_folder_or_disk_that_takes_no_more_ends_the_run(finished, tmp_path):
+    """In a process of its own, as its files may have 100 kB only: a checkpoint is larger, the buffer is not."""
+    before = contents(finished)
+    code = f"""
+import resource, sys
+sys.path[:0] = {[str(SCRIPT.parent / "tests"), str(SCRIPT.parent)]}
+import test_jax
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+test_jax.run_loop({str(tmp_path)!r}, "--resume", {str(finished)!r}, "--total-timesteps", "260")
+"""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 1 and ended.stderr.strip().splitlines()[-1].startswith("error: "), ended.stderr
+    assert "File too large" in ended.stderr and "Traceback" not in ended.stderr
+    after = contents(finished)
+    assert all(after[path] == before[path] for path in checkpoints(finished)) and len(checkpoints(finished)) == 2
 
 
 # The real script, killed
