@@ -438,7 +438,7 @@ if __name__ == "__main__":
         folder.mkdir(parents=True, exist_ok=bool(checkpoint))
         (folder / "config.json").write_text(json.dumps(config | {"seed": seed, "versions": versions}, indent=2))
         (folder / "evaluations.csv").write_text(table)
-        writers.append(Writer(str(folder)))  # TensorBoard drops what was logged after the checkpoint:
+        writers.append(Writer(str(folder.resolve())))  # TensorBoard drops what was logged after the checkpoint:
         writers[-1]._output._ev_writer.add_event(Event(step=first_step + 1, session_log=SessionLog(status=1)))
     for number in signal.SIGINT, signal.SIGTERM:  # the run ends after its step; a second signal kills it
         signal.signal(number, lambda number, _: stop.append(number) or signal.signal(number, signal.SIG_DFL))
