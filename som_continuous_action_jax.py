@@ -4,7 +4,6 @@
 #   "tyro>=1,<2", "tensorboard>=2.18", "tqdm>=4.66"]
 # ///
 """SOM, Score-Based One-step MeanFlow Policy Optimization (https://arxiv.org/abs/2605.23365), in one file, in JAX.
-
 Run it: python som_continuous_action_jax.py --env-id Walker2d-v4 --num-seeds 3
 The policy turns noise into an action with ONE network evaluation; the field it imitates is built from the critic alone:
     act       a = argmax_i Q(s, a_i), where a_i = eps_i - u(eps_i, 0, 1, s), i = 1..N                    (Algorithm 1)
@@ -13,24 +12,24 @@ The policy turns noise into an action with ONE network evaluation; the field it 
     velocity  v = -beta/2 (a_t + w score / ||score||), the probability-flow ODE of the VP path           (Eq 6, 8)
     target    u_tgt = v - (t - r) (v d_a u + d_t u), by one Jacobian-vector product                      (Eq 7)
     actor     ||u(a_t, r, t, s) - stopgrad(u_tgt)||^2, a_t = mu a_0 + sigma eps, (s, a_0) from the replay buffer
-
-Conventions: t = 1 is noise, t = 0 is the action, 0 <= r <= t <= 1. Inside the learner actions live in [-1, 1]^A; the
-environment is rescaled at its edge. alpha is an INVERSE temperature: p_0(a|s) is proportional to exp(alpha Q(s, a)).
-Shapes: B states, A action coordinates; networks take N actions in each state, (B, N, A); twins come first, (2, B, N).
-Everything up to `evaluate` is one agent; `vmap` makes S of them, whose seeds come first in every array of the loop.
+t = 1 is noise, t = 0 the action, 0 <= r <= t <= 1; actions live in [-1, 1]^A, rescaled at the environment's edge; alpha
+is an INVERSE temperature: p_0(a|s) is proportional to exp(alpha Q(s, a)). Shapes: B states; networks take N actions in
+each, (B, N, A); twins come first, (2, B, N); what `compile_functions` returns is for S agents, whose seeds come first.
 """
 
 import json
 import math
 import os
 import pathlib
+import signal
 import sys
 import time
 from collections import namedtuple
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module, metadata, util
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Literal
 
 import gymnasium as gym
@@ -39,14 +38,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from jax.tree_util import Partial, keystr, tree_leaves_with_path
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary import Writer
 from tqdm import tqdm
 
+FORMAT = f"{pathlib.Path(__file__).name}, checkpoints of version 1"
 Batch = namedtuple("Batch", "obs next_obs actions rewards terminated")
+Functions = namedtuple("Functions", "init explore act add update")
 State = namedtuple("State", "actor acting_actor critic target_critic log_lambda mean_std actor_adam q_adam lambda_adam")
 make_keys = jax.vmap(jax.random.PRNGKey)  # seeds (S,) -> (S, 2)
-Functions = namedtuple("Functions", "init random explore act add update")
 
 
 @dataclass
@@ -57,7 +57,10 @@ class Args:
     platform: Literal["auto", "cpu", "gpu"] = "auto"  # where to train (default: on the GPU where JAX finds one)
     track: bool = False  # also log to Weights and Biases
     capture_video: bool = False  # record one episode of every evaluation in the run's folder
-    save_model: bool = False  # write actor, critic and configuration to model.npz at the end
+    checkpoint_frequency: int = 50_000  # environment steps between checkpoints; also at both ends, SIGINT and SIGTERM
+    resume: str | None = None  # folder of a run (or a checkpoint in it) to go on with, in fresh episodes
+    evaluate: str | None = None  # folder of a run (or a checkpoint in it) to evaluate instead of training
+    num_episodes: int = 10  # episodes of an evaluation
     # Algorithm specific arguments
     env_id: str = "Walker2d-v4"  # Gymnasium id: flat observations, a bounded continuous action box
     total_timesteps: int = 5_000_000  # environment steps, over all environments
@@ -117,9 +120,8 @@ def ensemble_mlp(layers, obs, x):
     """GELU networks in one batched product: B states (B, O), N inputs for each (B, N, D) -> (size, B, N, out)."""
     (w_0, b_0), *layers = layers
     w_obs, w_x = jnp.split(w_0, [obs.shape[1]], axis=1)
-    h_obs = obs @ w_obs + b_0  # (size, B, H), shared by a state's N inputs
     h_x = (x.reshape(-1, x.shape[2]) @ w_x).reshape(len(w_0), *x.shape[:2], -1)  # (size, B, N, H)
-    h = (h_obs[:, :, None] + h_x).reshape(len(w_0), -1, w_0.shape[2])  # (size, B * N, H)
+    h = ((obs @ w_obs + b_0)[:, :, None] + h_x).reshape(len(w_0), -1, w_0.shape[2])  # (size, B * N, H), obs once for N
     for w, b in layers:  # the exact GELU; jax.nn.gelu asks for erfc, which takes a CPU twice as long
         h = (0.5 * h * (1 + jax.lax.erf(h / math.sqrt(2)))) @ w + b
     return h.reshape(len(w_0), *x.shape[:2], -1)
@@ -164,10 +166,9 @@ def ve_schedule(t, sigma_min=0.01, sigma_max=1.0):
 
 def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q_norm=None, clip=True):
     """Monte-Carlo score grad log p_t(a_t|s) (B, A) (Eq 4 and 5), and the logits alpha Q (B, K) of its samples.
-    q_fn: (B, O), (B, K, A) -> (B, K). a_t: (B, A). mu, sigma: (B, 1). eps: (B, K, A) standard normal.
-    reference: p_0 ~ exp(alpha Q) ("uniform") or p_0 ~ N(0, I) exp(alpha Q) ("prior", beyond the paper).
-    q_norm: Q is divided by its std over all samples ("batch"), or by the mean over states of that of K ("state").
-    clip: Q is asked inside [-1, 1]^A only, where it was trained; outside, the gradient is zero."""
+    q_fn: (B, O), (B, K, A) -> (B, K); a_t: (B, A); mu, sigma: (B, 1); eps: (B, K, A) standard normal.
+    reference: p_0 ~ exp(alpha Q) ("uniform") or p_0 ~ N(0, I) exp(alpha Q) ("prior", beyond the paper). q_norm: the std
+    that divides Q, of all samples ("batch") or a state's ("state"). clip: Q is asked in [-1, 1]^A, where it was fit."""
 
     def log_sum_exp(a_t):
         # prior: the square of N(a_0; 0, I) N(a_t; mu a_0, sigma^2 I) completed
@@ -175,8 +176,7 @@ def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q
         a_0 = center[:, None] + std[:, None] * eps  # (B, K, A)
         q = q_fn(obs, jnp.clip(a_0, -1, 1) if clip else a_0)  # (B, K)
         if q_norm is not None:
-            q_std = q.std(ddof=1) if q_norm == "batch" else q.std(axis=1, ddof=1).mean()
-            q = q / (jax.lax.stop_gradient(q_std) + 1e-6)
+            q = q / (jax.lax.stop_gradient(q.std(axis=None if q_norm == "batch" else 1, ddof=1).mean()) + 1e-6)
         return jax.nn.logsumexp(alpha * q, axis=1).sum(), alpha * q
 
     # the gradient with respect to a_t alone: none to the critic's weights
@@ -200,17 +200,15 @@ def sample_r_t(uniform, zero_r_ratio=0.0):
 def meanflow_loss(u_fn, a_t, r, t, v):
     """Squared error (B, N) of u_fn(a_t, r, t) against stopgrad(v - (t - r) du/dt) (Eq 7), and du/dt (B, N, A)."""
     u, dudt = jax.jvp(u_fn, (a_t, r, t), (v, jnp.zeros_like(r), jnp.ones_like(t)))  # along the flow
-    dudt = jax.lax.stop_gradient(dudt)
     u_tgt = jax.lax.stop_gradient(v - (t - r) * dudt)
-    return jnp.square(u - u_tgt).sum(axis=-1), dudt
+    return jnp.square(u - u_tgt).sum(axis=-1), jax.lax.stop_gradient(dudt)
 
 
 def best_of_n(u_fn, q_fn, obs, noise):
     """One-step actions noise - u(noise, 0, 1, s): the one of highest Q (B, A), and all N (B, N, A) (Algorithm 1)."""
     r = jnp.zeros_like(noise[..., :1])
     candidates = jnp.clip(noise - u_fn(obs, noise, r, r + 1), -1, 1)
-    best = q_fn(obs, candidates).argmax(axis=1)
-    return jnp.take_along_axis(candidates, best[:, None, None], axis=1)[:, 0], candidates
+    return candidates[jnp.arange(len(obs)), q_fn(obs, candidates).argmax(axis=1)], candidates
 
 
 # Replay buffer: a ring of transitions on the device, a row each; only `terminated` is stored as the end of an episode.
@@ -251,12 +249,8 @@ def actor_loss(u_fn, q_fn, batch, uniform, eps, mc_eps, alpha, args):
     """The policy regressed on the velocity field of exp(alpha Q) (Eq 5 to 8).
     u_fn, q_fn: of N actions a state, as the networks. uniform: (B, 2). eps: (B, A) and mc_eps: (B, K, A) normal."""
     r, t = sample_r_t(uniform, args.zero_r_ratio)
-    if args.reference == "prior":
-        mu, sigma, f, g2 = cosine_schedule(t)
-    elif args.sde == "vp":
-        mu, sigma, f, g2 = vp_schedule(t, args.beta_min, args.beta_max)
-    else:
-        mu, sigma, f, g2 = ve_schedule(t)
+    schedules = {"vp": partial(vp_schedule, beta_min=args.beta_min, beta_max=args.beta_max), "ve": ve_schedule}
+    mu, sigma, f, g2 = cosine_schedule(t) if args.reference == "prior" else schedules[args.sde](t)
     a_t = mu * batch.actions + sigma * eps
     score, logits = estimate_score(q_fn, batch.obs, a_t, mu, sigma, mc_eps, alpha, args.reference, args.q_norm)
     v = pf_ode_velocity(a_t, score, f, g2, args.score_scale if args.reference == "uniform" else None)
@@ -271,99 +265,86 @@ def actor_loss(u_fn, q_fn, batch, uniform, eps, mc_eps, alpha, args):
     return loss.mean(), jax.lax.stop_gradient(info)
 
 
-def init_agent(key, args, obs_dim, act_dim):
-    actor_key, critic_key = jax.random.split(key)
-    actor = init_ensemble(actor_key, 1, obs_dim + act_dim + 4 * 8, act_dim, args)
-    critic = init_ensemble(critic_key, 2, obs_dim + act_dim, 2, args)
-    log_lambda, mean_std = jnp.log(args.initial_lambda if args.autotune else 1.0), jnp.full((2, 1), math.nan)
-    adams = [optax.adam(0.0).init(parameters) for parameters in (actor, critic, log_lambda)]
-    acting_actor, target_critic = jax.tree.map(jnp.copy, (actor, critic))  # no array may be donated twice
-    return State(actor, acting_actor, critic, target_critic, log_lambda, mean_std, *adams)
-
-
-def q_of_twins(critic, args, obs, a):
-    return (jnp.mean if args.policy_q == "mean" else jnp.min)(q_network(critic, obs, a)[0], axis=0)  # (B, N)
-
-
-def act(state, obs, key, step, args, explore=False):
-    """Best-of-N actions (B, A) in states (B, O), with exploration noise or without, and all N candidates."""
-    noise_key, explore_key = jax.random.split(jax.random.fold_in(key, step))
-    noise = jax.random.normal(noise_key, (len(obs), args.best_of_n, state.actor[-1][1].shape[-1]))
-    u_fn, q_fn = partial(meanflow_actor, state.acting_actor), partial(q_of_twins, state.critic, args)
-    a, candidates = best_of_n(u_fn, q_fn, obs, noise)
-    if explore:
-        a += args.noise_scale * jnp.exp(state.log_lambda) * jax.random.normal(explore_key, a.shape)
-    return jnp.clip(a, -1, 1), candidates
-
-
-def adam(gradient, parameters, adam_state, lr):
-    step, adam_state = optax.adam(lr).update(gradient, adam_state)
-    return optax.apply_updates(parameters, step), adam_state
-
-
-def update(state, buffer, num_added, num_updates, key, args, obs_dim):
-    """U updates of the critics and, when due, of policy, targets and lambda; the latest value of every diagnostic."""
-
-    def one_update(state, number):
-        keys = jax.random.split(jax.random.fold_in(key, number), 6)
-        batch = sample(buffer, num_added, keys[0], args.batch_size, obs_dim)
-        (B, A), (next_actions, candidates) = batch.actions.shape, act(state, batch.next_obs, keys[1], 0, args)
-        z, target_q_dist = jax.random.normal(keys[2], (B,)), partial(q_network, state.target_critic)
-        rest = target_q_dist, batch, next_actions, z, state.mean_std, args
-        gradient, info = jax.grad(critic_loss, has_aux=True)(Partial(q_network, state.critic), *rest)
-        critic, q_adam = adam(gradient.args[0], state.critic, state.q_adam, args.q_lr)  # args: of the Partial
-        state = state._replace(critic=critic, q_adam=q_adam, mean_std=info.pop("mean_std"))
-        info["actions/candidate_std"] = candidates.std(axis=1).mean()
-        info["actions/saturated"] = (jnp.abs(candidates) > 0.99).mean()
-
-        def update_policy(state):
-            alpha, q_fn = args.inverse_temperature / jnp.exp(state.log_lambda), partial(q_of_twins, state.critic, args)
-            uniform, eps = jax.random.uniform(keys[3], (B, 2)), jax.random.normal(keys[4], (B, A))
-            mc_eps = jax.random.normal(keys[5], (B, args.num_mc_samples, A))
-            rest = q_fn, batch, uniform, eps, mc_eps, alpha, args
-            gradient, info = jax.grad(actor_loss, has_aux=True)(Partial(meanflow_actor, state.actor), *rest)
-            actor, actor_adam = adam(gradient.args[0], state.actor, state.actor_adam, args.policy_lr)
-            target_critic = optax.incremental_update(state.critic, state.target_critic, args.tau)
-            acting_actor = optax.incremental_update(actor, state.acting_actor, args.policy_tau)
-            state = state._replace(actor=actor, actor_adam=actor_adam, target_critic=target_critic)
-            return state._replace(acting_actor=acting_actor), info | {"losses/alpha": alpha}
-
-        def update_lambda(state):
-            entropy = 0.5 * math.log(2 * math.pi * math.e * args.noise_scale**2) + state.log_lambda
-            gradient = entropy - args.target_entropy
-            log_lambda, lambda_adam = adam(gradient, state.log_lambda, state.lambda_adam, args.alpha_lr)
-            return state._replace(log_lambda=log_lambda, lambda_adam=lambda_adam)
-
-        # all seeds share the number of the update, so that vmap keeps the conditions: what is not due costs nothing
-        no_info = jax.tree.map(lambda x: jnp.zeros(x.shape), jax.eval_shape(update_policy, state)[1])
-        branches = update_policy, lambda state: (state, no_info)
-        state, policy_info = jax.lax.cond(number % args.policy_frequency == 0, *branches, state)
-        if args.autotune:
-            state = jax.lax.cond(number % args.alpha_delay == 0, update_lambda, lambda state: state, state)
-        return state, (info, policy_info)
-
-    numbers = num_updates + 1 + jnp.arange(args.updates_per_step)
-    state, (info, policy_info) = jax.lax.scan(one_update, state, numbers)
-    latest = len(numbers) - 1 - numbers[-1] % args.policy_frequency
-    return state, {tag: x[-1] for tag, x in info.items()} | {tag: x[latest] for tag, x in policy_info.items()}
-
-
 def compile_functions(args, obs_dim, act_dim):
-    """What the loop calls, for S agents: arrays, states and keys have S in front; the counters are shared."""
-    uniform = partial(jax.random.uniform, shape=(args.num_envs, act_dim), minval=-1)
-    random = jax.vmap(lambda key, step: uniform(jax.random.fold_in(key, step)), (0, None))
-    init = jax.vmap(partial(init_agent, args=args, obs_dim=obs_dim, act_dim=act_dim))
-    explore, greedy = (jax.vmap(partial(act, args=args, explore=x), (0, 0, 0, None)) for x in (True, False))
-    updates = jax.vmap(partial(update, args=args, obs_dim=obs_dim), (0, 0, None, None, 0))
-    functions = map(jax.jit, (init, random, explore, greedy))
-    donating = (jax.jit(function, donate_argnums=0) for function in (jax.vmap(add, (0, None, 0)), updates))
-    return Functions(*functions, *donating)
+    """The agent, for S of them side by side: seeds come first in arrays, states and keys; the counters are shared."""
+
+    def init(key):
+        actor_key, critic_key = jax.random.split(key)
+        actor = init_ensemble(actor_key, 1, obs_dim + act_dim + 4 * 8, act_dim, args)
+        critic = init_ensemble(critic_key, 2, obs_dim + act_dim, 2, args)
+        log_lambda = jnp.log(jnp.float32(args.initial_lambda if args.autotune else 1))
+        adams = [optax.adam(0.0).init(parameters) for parameters in (actor, critic, log_lambda)]
+        networks = jax.tree.map(jnp.copy, (actor, actor, critic, critic))  # no array may be donated twice
+        return State(*networks, log_lambda, jnp.float32([[math.nan]] * 2), *adams)
+
+    def q_of_twins(critic, obs, a):
+        return (jnp.mean if args.policy_q == "mean" else jnp.min)(q_network(critic, obs, a)[0], axis=0)  # (B, N)
+
+    def act(state, obs, key, step, explore=False):
+        """Best-of-N actions (B, A) in states (B, O), with exploration noise or without, and all N candidates."""
+        noise_key, explore_key = jax.random.split(key := jax.random.fold_in(key, step))
+        u_fn, q_fn = partial(meanflow_actor, state.acting_actor), partial(q_of_twins, state.critic)
+        a, candidates = best_of_n(u_fn, q_fn, obs, jax.random.normal(noise_key, (len(obs), args.best_of_n, act_dim)))
+        if explore:  # and before learning starts, at random
+            a += args.noise_scale * jnp.exp(state.log_lambda) * jax.random.normal(explore_key, a.shape)
+            a = jnp.where(step <= args.learning_starts, jax.random.uniform(key, a.shape, minval=-1), a)
+        return jnp.clip(a, -1, 1), candidates
+
+    def descend(loss_fn, network, parameters, adam_state, lr, *rest):
+        """One step of Adam on loss_fn(the network with these parameters, *rest) -> loss, info."""
+        gradient, info = jax.grad(lambda p: loss_fn(partial(network, p), *rest), has_aux=True)(parameters)
+        step, adam_state = optax.adam(lr).update(gradient, adam_state)
+        return optax.apply_updates(parameters, step), adam_state, info
+
+    def update_policy(state, batch, keys):
+        (B, A), alpha = batch.actions.shape, args.inverse_temperature / jnp.exp(state.log_lambda)
+        uniform, eps = jax.random.uniform(keys[3], (B, 2)), jax.random.normal(keys[4], (B, A))
+        mc_eps = jax.random.normal(keys[5], (B, args.num_mc_samples, A))
+        rest = partial(q_of_twins, state.critic), batch, uniform, eps, mc_eps, alpha, args
+        actor, adam, info = descend(actor_loss, meanflow_actor, state.actor, state.actor_adam, args.policy_lr, *rest)
+        target_critic = optax.incremental_update(state.critic, state.target_critic, args.tau)
+        acting_actor = optax.incremental_update(actor, state.acting_actor, args.policy_tau)
+        state = state._replace(actor=actor, actor_adam=adam, target_critic=target_critic, acting_actor=acting_actor)
+        return state, info | {"losses/alpha": alpha}
+
+    def update(state, buffer, num_added, num_updates, key):
+        """U updates of critics and, when due, of policy, targets and lambda; the latest value of every diagnostic."""
+
+        def one_update(state, number):
+            keys = jax.random.split(jax.random.fold_in(key, number), 6)
+            batch = sample(buffer, num_added, keys[0], args.batch_size, obs_dim)
+            next_actions, candidates = act(state, batch.next_obs, keys[1], 0)
+            z, target_q_dist = jax.random.normal(keys[2], (args.batch_size,)), partial(q_network, state.target_critic)
+            rest = target_q_dist, batch, next_actions, z, state.mean_std, args
+            critic, adam, info = descend(critic_loss, q_network, state.critic, state.q_adam, args.q_lr, *rest)
+            state = state._replace(critic=critic, q_adam=adam, mean_std=info.pop("mean_std"))
+            info["actions/candidate_std"] = candidates.std(axis=1).mean()
+            info["actions/saturated"] = (jnp.abs(candidates) > 0.99).mean()
+            # all seeds share the number of the update, so that vmap keeps the condition: what is not due costs nothing
+            no_info = jax.tree.map(jnp.zeros_like, jax.eval_shape(update_policy, state, batch, keys)[1])
+            branches = update_policy, lambda state, *_: (state, no_info)
+            state, policy_info = jax.lax.cond(number % args.policy_frequency == 0, *branches, state, batch, keys)
+            if args.autotune:
+                entropy = 0.5 * math.log(2 * math.pi * math.e * args.noise_scale**2) + state.log_lambda
+                step, adam = optax.adam(args.alpha_lr).update(entropy - args.target_entropy, state.lambda_adam)
+                updated = state._replace(log_lambda=state.log_lambda + step, lambda_adam=adam)
+                state = jax.tree.map(partial(jnp.where, number % args.alpha_delay == 0), updated, state)
+            return state, (info, policy_info)
+
+        numbers = num_updates + 1 + jnp.arange(args.updates_per_step)
+        state, (info, policy_info) = jax.lax.scan(one_update, state, numbers)
+        latest = len(numbers) - 1 - numbers[-1] % args.policy_frequency
+        return state, {tag: x[-1] for tag, x in info.items()} | {tag: x[latest] for tag, x in policy_info.items()}
+
+    explore, greedy = (jax.jit(jax.vmap(partial(act, explore=x), (0, 0, 0, None))) for x in (True, False))
+    donating = jax.vmap(add, (0, None, 0)), jax.vmap(update, (0, 0, None, None, 0))
+    return Functions(jax.jit(jax.vmap(init)), explore, greedy, *(jax.jit(f, donate_argnums=0) for f in donating))
 
 
-def evaluate(policy, env_id, seeds, video_folders, num_episodes=10):
+def evaluate(policy, args, seeds, run_folders, videos, num_episodes=10):
     """Returns (S, num_episodes) without exploration or discount; policy: obs (S, num_episodes, O), keys, step -> a."""
-    folders = [None if i else folder for folder in video_folders for i in range(num_episodes)]
-    envs = gym.vector.SyncVectorEnv([partial(make_env, env_id, f) for f in folders], autoreset_mode="SameStep")
+    folders = [args.capture_video and i == 0 and f"{x}/{videos}" for x in run_folders for i in range(num_episodes)]
+    envs = gym.vector.SyncVectorEnv([partial(make_env, args.env_id, x) for x in folders], autoreset_mode="SameStep")
     returns, running, keys, step = np.zeros(len(folders)), np.ones(len(folders), bool), make_keys(np.uint32(seeds)), 0
     obs, _ = envs.reset(seed=[seed + i for seed in seeds for i in range(num_episodes)])
     while running.any():
@@ -401,100 +382,119 @@ def check_args(args: Args) -> tuple[int, int]:
     except Exception as error:  # of an unknown id, it names the nearest
         fail(f"{error}{'; use Pusher-v5 instead' if args.env_id == 'Pusher-v4' else ''}")
     for kind, space in ("observations", env.observation_space), ("actions", env.action_space):
-        rule = f"--env-id {args.env_id} has {kind} {space}; supported are flat continuous ones, bounded for actions"
-        flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
-        rules[rule] = flat and (kind == "observations" or space.is_bounded())
+        flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and (kind != "actions" or space.is_bounded())
+        rules[f"{args.env_id} has {kind} {space}; supported are flat continuous ones, bounded for actions"] = flat
     for rule in [rule for rule, holds in rules.items() if not holds]:
         fail(rule)
-    margins = getattr(getattr(env.unwrapped, "model", None), "geom_margin", np.zeros(1))
-    if margins.any() and tuple(map(int, metadata.version("mujoco").split(".")[:2])) >= (3, 5):
-        print(f"warning: mujoco >= 3.5 changed the contacts of {args.env_id}; use mujoco < 3.5", file=sys.stderr)
     return env.observation_space.shape[0], env.action_space.shape[0]
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    if args.platform == "cpu":
-        jax.config.update("jax_platforms", "cpu")
+    args, checkpoint = tyro.cli(Args), None
+    if source := args.resume or args.evaluate:
+        paths = sorted(pathlib.Path(source).glob("checkpoint_*.npz")) or [pathlib.Path(source)]
+        for path in reversed(paths):
+            with suppress(Exception), np.load(path) as file:  # without pickle it executes nothing; it has checksums
+                arrays = dict(file)
+                checkpoint = json.loads(str(arrays.pop(FORMAT)))
+                break
+        if not checkpoint or path != paths[-1]:
+            fail(f"{paths[-1]} is missing, damaged or not of {FORMAT}; the whole one before it: {checkpoint and path}")
+        args = tyro.cli(Args, default=Args(**checkpoint["args"]))
+        for name in "env_id", "seed", "num_seeds", "num_envs", "buffer_size", "hidden_dim", "num_layers":
+            if getattr(args, name) != checkpoint["args"][name]:
+                fail(f"{path} has --{name.replace('_', '-')} {checkpoint['args'][name]}, which cannot change")
+    jax.config.update("jax_platforms", "cpu" if args.platform == "cpu" else jax.config.jax_platforms)
     obs_dim, act_dim = check_args(args)
     S, seeds = args.num_seeds, range(args.seed, args.seed + args.num_seeds)
-    stem, suffix = f"{args.env_id}__{args.exp_name}".replace("/", "_"), f"{time.time_ns()}_{os.getpid()}"
-    run_folders = [f"runs/{stem}__{seed}__{suffix}" for seed in seeds]
-    versions = {name: metadata.version(name) for name in ("jax", "optax", "gymnasium", "mujoco", "numpy", "tyro")}
-    versions["python"] = sys.version.split()[0]
-    config = asdict(args) | {"script": pathlib.Path(__file__).name, "first_seed": args.seed, "versions": versions}
-    if args.track:
-        import_module("wandb").init(project="som", name=run_folders[0][5:], config=config, sync_tensorboard=True)
-    writers, tables = [], []
-    for seed, run_folder in zip(seeds, run_folders, strict=True):
-        os.makedirs(run_folder)
-        pathlib.Path(run_folder, "config.json").write_text(json.dumps(config | {"seed": seed}, indent=2))
-        writers.append(Writer(run_folder))
-        tables.append(open(f"{run_folder}/evaluations.csv", "w", buffering=1))
-        tables[-1].write("global_step,num_updates,return_mean,return_std,wall_time_s\n")
-    # TRY NOT TO MODIFY: seeding
-    generated = np.array([np.random.SeedSequence(seed).generate_state(args.num_envs + 1) for seed in seeds])
-    env_seeds, eval_seeds = generated[:, :-1].flatten().tolist(), generated[:, -1].tolist()
+    name = f"{args.env_id}__{args.exp_name}__{{}}__{time.time_ns()}_{os.getpid()}".replace("/", "_")
+    run_folders = [pathlib.Path("runs", name.format(seed)) for seed in seeds]  # the first has the checkpoints of all
+    first_step, num_updates, num_added, seconds, writers, stop = 0, 0, 0, 0.0, [], []
+    tables = S * ["global_step,num_updates,return_mean,return_std,wall_time_s\n"]
+    if checkpoint:
+        run_folders = [path.resolve().parent.with_name(name) for name in checkpoint["names"]]
+        first_step, num_updates, num_added, seconds, tables = checkpoint["progress"]
+    rows_file, shape = run_folders[0] / "replay_buffer.bin", (S, args.buffer_size, 2 * obs_dim + act_dim + 2)
+    if args.resume and (not rows_file.exists() or rows_file.stat().st_size != 4 * math.prod(shape)):
+        fail(f"{rows_file} is damaged: it must be there, with {4 * math.prod(shape)} bytes")
+    # TRY NOT TO MODIFY: seeding. Random numbers are functions of the seed and of the steps or updates so far
+    env_seeds = np.concatenate([np.random.SeedSequence([s, first_step]).generate_state(args.num_envs) for s in seeds])
+    eval_seeds = [int(np.random.SeedSequence(s).generate_state(args.num_envs + 1)[-1]) for s in seeds]
     keys = make_keys(np.array(seeds).astype(np.uint32))
     init_keys, act_keys, update_keys = jax.vmap(partial(jax.random.split, num=3), out_axes=1)(keys)
+    agents = compile_functions(args, obs_dim, act_dim)
+    state = agents.init(init_keys)
+    if checkpoint:
+        state = jax.tree.map_with_path(lambda path, _: jnp.array(arrays[jax.tree_util.keystr(path)]), state)
+    if args.evaluate:
+        x = evaluate(partial(agents.act, state), args, eval_seeds, run_folders, "videos", args.num_episodes).round(1)
+        sys.exit(print(f"return {x.mean(1).round(1)} +- {x.std(1).round(1)}, by seed and episode {x.tolist()}"))
+    versions = {name: metadata.version(name) for name in ("jax", "optax", "gymnasium", "mujoco", "numpy", "tyro")}
+    config = {"script": FORMAT.split(",")[0], **asdict(args), "resume": None, "first_seed": args.seed}
+    if args.track:
+        import_module("wandb").init(project="som", name=run_folders[0].name, config=config, sync_tensorboard=True)
+    sys.excepthook = lambda *e: fail(str(e[1]), 1) if isinstance(e[1], OSError) else sys.__excepthook__(*e)
+    for seed, folder, table in zip(seeds, run_folders, tables, strict=True):
+        folder.mkdir(parents=True, exist_ok=bool(checkpoint))
+        (folder / "config.json").write_text(json.dumps(config | {"seed": seed, "versions": versions}, indent=2))
+        (folder / "evaluations.csv").write_text(table)
+        writers.append(Writer(str(folder.resolve())))  # TensorBoard drops what was logged after the checkpoint:
+        writers[-1]._output._ev_writer.add_event(Event(step=first_step + 1, session_log=SessionLog(status=1)))
+    for number in signal.SIGINT, signal.SIGTERM:  # the run ends after its step; a second signal kills it
+        signal.signal(number, lambda number, _: stop.append(number) or signal.signal(number, signal.SIG_DFL))
     # env setup: SameStep resets an environment in the step that ends its episode; each seed has num_envs, in its order
     envs = gym.vector.SyncVectorEnv(len(env_seeds) * [partial(make_env, args.env_id)], autoreset_mode="SameStep")
-    obs, _ = envs.reset(seed=env_seeds)
-    agents = compile_functions(args, obs_dim, act_dim)
-    state, buffer = agents.init(init_keys), jnp.zeros((S, args.buffer_size, 2 * obs_dim + act_dim + 2))
-    start, episodic_return, num_added, num_updates = time.time(), math.nan, 0, 0
-    steps = range(args.num_envs, args.total_timesteps + 1, args.num_envs)
-    progress = tqdm(steps, unit="step", unit_scale=args.num_envs, disable=None)
-    # TRY NOT TO MODIFY: start the game
-    for global_step in progress:
-        # ALGO LOGIC: put action logic here
-        if global_step <= args.learning_starts:
-            actions = agents.random(act_keys, global_step)
-        else:
-            actions, _ = agents.explore(state, obs.astype(np.float32).reshape(S, -1, obs_dim), act_keys, global_step)
+    if hasattr(os, "posix_fallocate"):  # all of the file now: a later write that finds no room kills the process
+        os.posix_fallocate(os.open(rows_file, os.O_RDWR | os.O_CREAT, 0o644), 0, 4 * math.prod(shape))
+    buffer = jnp.array(disk := np.memmap(rows_file, np.float32, "r+" if rows_file.exists() else "w+", shape=shape))
+    steps, start = range(first_step + args.num_envs, args.total_timesteps + 1, args.num_envs), time.time() - seconds
+    # TRY NOT TO MODIFY: start the game, in new episodes where the run is resumed
+    obs, _ = envs.reset(seed=env_seeds.tolist())
+    for global_step in tqdm(steps, unit="step", unit_scale=args.num_envs, disable=None):
+        # ALGO LOGIC: put action logic here, random until learning starts
+        actions, _ = agents.explore(state, obs.astype(np.float32).reshape(S, -1, obs_dim), act_keys, global_step)
         actions = np.asarray(actions).reshape(-1, act_dim)
         # TRY NOT TO MODIFY: execute the game and log data.
         next_obs, rewards, terminated, truncated, infos = envs.step(actions)
-        for kind, values in ("action", actions), ("reward", rewards), ("observation", next_obs):
-            for i in np.flatnonzero(~np.isfinite(values)) // values[0].size // args.num_envs:
-                fail(f"the {kind} is not finite at step {global_step}, seed {seeds[i]}; see {run_folders[i]}", code=1)
         # TRY NOT TO MODIFY: save data to replay buffer; where an episode ended, next_obs is the next one's first
         real_next_obs = next_obs.copy()
         for i in np.flatnonzero(terminated | truncated):
-            real_next_obs[i] = infos["final_obs"][i]
-            writer, episode = writers[i // args.num_envs], infos["final_info"]["episode"]
-            episodic_return = episode["r"][i]
-            writer.add_scalar("charts/episodic_return", episodic_return, global_step)
-            writer.add_scalar("charts/episodic_length", episode["l"][i], global_step)
-        rows = np.column_stack([obs, real_next_obs, actions, rewards, terminated]).astype(np.float32)
-        buffer = agents.add(buffer, num_added, rows.reshape(S, args.num_envs, -1))
-        obs, num_added = next_obs, num_added + args.num_envs
+            real_next_obs[i], episode = infos["final_obs"][i], infos["final_info"]["episode"]
+            writers[i // args.num_envs].add_scalar("charts/episodic_return", episode["r"][i], global_step)
+            writers[i // args.num_envs].add_scalar("charts/episodic_length", episode["l"][i], global_step)
+        for name, x in ("action", actions), ("reward", rewards), ("observation", np.hstack([next_obs, real_next_obs])):
+            for k in np.flatnonzero(~np.isfinite(x)) // x[0].size // args.num_envs:
+                fail(f"the {name} is not finite at step {global_step}, seed {seeds[k]}; see {run_folders[k]}", code=1)
+        rows = np.float32(np.column_stack([obs, real_next_obs, actions, rewards, terminated])).reshape(S, -1, shape[2])
+        disk[:, np.arange(num_added, num_added + args.num_envs) % args.buffer_size] = rows
+        buffer, obs, num_added = agents.add(buffer, num_added, rows), next_obs, num_added + args.num_envs
         # ALGO LOGIC: training.
         if num_added > args.learning_starts:
             state, info = agents.update(state, buffer, num_added, num_updates, update_keys)
             num_updates += args.updates_per_step
-            period = args.policy_frequency if global_step == steps[-1] else 100 * args.policy_frequency
-            if num_updates % period < args.updates_per_step:
-                scalars = jax.device_get(info)  # (S,) each
-                for k, writer in enumerate(writers):
-                    for tag, values in scalars.items():
-                        if not math.isfinite(values[k]):
-                            fail(f"{tag} is not finite at step {global_step}, seed {seeds[k]}; see {run_folders[k]}", 1)
-                        writer.add_scalar(tag, values[k], global_step)
-                    writer.add_scalar("charts/SPS", global_step / (time.time() - start), global_step)
-                losses = {tag: values.mean() for tag, values in scalars.items() if tag.endswith("_loss")}
-                progress.set_postfix({"return": episodic_return} | losses)
+            if num_updates % (args.policy_frequency * (100 if global_step < steps[-1] else 1)) < args.updates_per_step:
+                scalars = jax.device_get(info) | {"charts/SPS": np.full(S, global_step / (time.time() - start))}  # (S,)
+                for (tag, values), k in product(scalars.items(), range(S)):
+                    writers[k].add_scalar(tag, values[k], global_step)
         if global_step % args.eval_frequency < args.num_envs or global_step == steps[-1]:
-            folders = [f"{folder}/videos/{global_step}" if args.capture_video else None for folder in run_folders]
-            returns = evaluate(partial(agents.act, state), args.env_id, eval_seeds, folders)
+            returns = evaluate(partial(agents.act, state), args, eval_seeds, run_folders, f"videos/{global_step}")
             for k, (mean, std) in enumerate(zip(returns.mean(axis=1), returns.std(axis=1), strict=True)):
-                print(global_step, num_updates, mean, std, time.time() - start, sep=",", file=tables[k])
+                tables[k] += f"{global_step},{num_updates},{mean},{std},{time.time() - start}\n"
+                (run_folders[k] / "evaluations.csv").write_text(tables[k])
                 writers[k].add_scalar("charts/eval_return", mean, global_step)
                 tqdm.write(f"step {global_step}: evaluation return {mean:.1f} +- {std:.1f}, seed {seeds[k]}")
-    if args.save_model:
-        leaves = tree_leaves_with_path({"actor": state.acting_actor, "critic": state.critic})
-        for k, run_folder in enumerate(run_folders):
-            arrays = {keystr(path, simple=True, separator="."): leaf[k] for path, leaf in leaves}
-            np.savez(f"{run_folder}/model.npz", config=pathlib.Path(run_folder, "config.json").read_text(), **arrays)
-    for writer in writers:
-        writer.close()
+        if stop or global_step % args.checkpoint_frequency < args.num_envs or global_step in (steps[0], steps[-1]):
+            arrays = {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(jax.device_get(state))}
+            for (name, x), k in product(arrays.items(), range(S)):
+                if name != ".mean_std" and not np.isfinite(x[k]).all():  # that is NaN before the first update
+                    fail(f"weight {name} is not finite at step {global_step}, seed {seeds[k]}; see {run_folders[k]}", 1)
+            done = global_step, num_updates, num_added, time.time() - start, tables
+            about = {"args": asdict(args), "names": [folder.name for folder in run_folders], "progress": done}
+            np.savez(run_folders[0] / "unfinished.npz", **{FORMAT: json.dumps(about)}, **arrays)
+            for writer in writers:
+                writer.flush()
+            getattr(os, "sync", int)()  # the replay buffer too; Windows has no such call
+            os.replace(run_folders[0] / "unfinished.npz", run_folders[0] / f"checkpoint_{global_step:010d}.npz")
+            for old in sorted(run_folders[0].glob("checkpoint_*.npz"))[:-2]:
+                old.unlink()
+        stop and fail(f"stopped at step {global_step}; go on with --resume {run_folders[0]}", code=128 + stop[0])
