@@ -57,7 +57,9 @@ class Args:
     platform: Literal["auto", "cpu", "gpu"] = "auto"  # where to train (default: on the GPU where JAX finds one)
     track: bool = False  # also log to Weights and Biases
     capture_video: bool = False  # record one episode of every evaluation in the run's folder
+    save_model: bool = False  # write actor, critic and configuration to model.npz at the end
     checkpoint_frequency: int = 50_000  # environment steps between checkpoints; also at both ends, SIGINT and SIGTERM
+    checkpoint_buffer: bool = True  # keep the replay buffer too; else a resumed run collects learning_starts anew
     resume: str | None = None  # folder of a run (or a checkpoint in it) to go on with, in fresh episodes
     evaluate: str | None = None  # folder of a run (or a checkpoint in it) to evaluate instead of training
     num_episodes: int = 10  # episodes of an evaluation
@@ -159,9 +161,8 @@ def cosine_schedule(t):
 
 def ve_schedule(t, sigma_min=0.01, sigma_max=1.0):
     """Variance exploding, sigma = sigma_min (sigma_max / sigma_min)^t (Eq 10, B.2); sigma_max is the prior's std."""
-    log_ratio = math.log(sigma_max / sigma_min)
-    sigma = sigma_min * jnp.exp(log_ratio * t)
-    return jnp.ones_like(t), sigma, jnp.zeros_like(t), 2 * log_ratio * sigma**2
+    sigma = sigma_min * (sigma_max / sigma_min) ** t
+    return jnp.ones_like(t), sigma, jnp.zeros_like(t), 2 * math.log(sigma_max / sigma_min) * sigma**2
 
 
 def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q_norm=None, clip=True):
@@ -179,8 +180,7 @@ def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q
             q = q / (jax.lax.stop_gradient(q.std(axis=None if q_norm == "batch" else 1, ddof=1).mean()) + 1e-6)
         return jax.nn.logsumexp(alpha * q, axis=1).sum(), alpha * q
 
-    # the gradient with respect to a_t alone: none to the critic's weights
-    score, logits = jax.lax.stop_gradient(jax.grad(log_sum_exp, has_aux=True)(a_t))
+    score, logits = jax.lax.stop_gradient(jax.grad(log_sum_exp, has_aux=True)(a_t))  # none to the critic's weights
     return (score if reference == "uniform" else score - a_t), logits
 
 
@@ -212,10 +212,6 @@ def best_of_n(u_fn, q_fn, obs, noise):
 
 
 # Replay buffer: a ring of transitions on the device, a row each; only `terminated` is stored as the end of an episode.
-def add(buffer, num_added, rows):
-    return buffer.at[(num_added + jnp.arange(len(rows))) % len(buffer)].set(rows)
-
-
 def sample(buffer, num_added, key, batch_size, obs_dim):
     rows = buffer[jax.random.randint(key, (batch_size,), 0, jnp.minimum(num_added, len(buffer)))]
     obs, next_obs, actions, rest = jnp.split(rows, [obs_dim, 2 * obs_dim, rows.shape[1] - 2], axis=1)
@@ -337,7 +333,8 @@ def compile_functions(args, obs_dim, act_dim):
         return state, {tag: x[-1] for tag, x in info.items()} | {tag: x[latest] for tag, x in policy_info.items()}
 
     explore, greedy = (jax.jit(jax.vmap(partial(act, explore=x), (0, 0, 0, None))) for x in (True, False))
-    donating = jax.vmap(add, (0, None, 0)), jax.vmap(update, (0, 0, None, None, 0))
+    add = jax.vmap(lambda buffer, n, rows: buffer.at[(n + jnp.arange(len(rows))) % len(buffer)].set(rows), (0, None, 0))
+    donating = add, jax.vmap(update, (0, 0, None, None, 0))
     return Functions(jax.jit(jax.vmap(init)), explore, greedy, *(jax.jit(f, donate_argnums=0) for f in donating))
 
 
@@ -390,7 +387,7 @@ def check_args(args: Args) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    args, checkpoint = tyro.cli(Args), None
+    args, checkpoint, arrays, writers, stop = tyro.cli(Args), {}, {}, [], []
     if source := args.resume or args.evaluate:
         paths = sorted(pathlib.Path(source).glob("checkpoint_*.npz")) or [pathlib.Path(source)]
         for path in reversed(paths):
@@ -398,8 +395,8 @@ if __name__ == "__main__":
                 arrays = dict(file)
                 checkpoint = json.loads(str(arrays.pop(FORMAT)))
                 break
-        if not checkpoint or path != paths[-1]:
-            fail(f"{paths[-1]} is missing, damaged or not of {FORMAT}; the whole one before it: {checkpoint and path}")
+        if (good := path if checkpoint else None) != paths[-1]:
+            fail(f"{paths[-1]} is missing, damaged or not of {FORMAT}; the good one before it: {good}")
         args = tyro.cli(Args, default=Args(**checkpoint["args"]))
         for name in "env_id", "seed", "num_seeds", "num_envs", "buffer_size", "hidden_dim", "num_layers":
             if getattr(args, name) != checkpoint["args"][name]:
@@ -408,27 +405,27 @@ if __name__ == "__main__":
     obs_dim, act_dim = check_args(args)
     S, seeds = args.num_seeds, range(args.seed, args.seed + args.num_seeds)
     name = f"{args.env_id}__{args.exp_name}__{{}}__{time.time_ns()}_{os.getpid()}".replace("/", "_")
-    run_folders = [pathlib.Path("runs", name.format(seed)) for seed in seeds]  # the first has the checkpoints of all
-    first_step, num_updates, num_added, seconds, writers, stop = 0, 0, 0, 0.0, [], []
+    runs = path.resolve().parents[1] if checkpoint else pathlib.Path("runs")
+    run_folders = [runs / x for x in checkpoint.get("names", map(name.format, seeds))]  # the first: checkpoints
     tables = S * ["global_step,num_updates,return_mean,return_std,wall_time_s\n"]
-    if checkpoint:
-        run_folders = [path.resolve().parent.with_name(name) for name in checkpoint["names"]]
-        first_step, num_updates, num_added, seconds, tables = checkpoint["progress"]
-    rows_file, shape = run_folders[0] / "replay_buffer.bin", (S, args.buffer_size, 2 * obs_dim + act_dim + 2)
-    if args.resume and (not rows_file.exists() or rows_file.stat().st_size != 4 * math.prod(shape)):
-        fail(f"{rows_file} is damaged: it must be there, with {4 * math.prod(shape)} bytes")
+    first_step, num_updates, num_added, seconds, tables = checkpoint.get("progress", (0, 0, 0, 0.0, tables))
     # TRY NOT TO MODIFY: seeding. Random numbers are functions of the seed and of the steps or updates so far
     env_seeds = np.concatenate([np.random.SeedSequence([s, first_step]).generate_state(args.num_envs) for s in seeds])
     eval_seeds = [int(np.random.SeedSequence(s).generate_state(args.num_envs + 1)[-1]) for s in seeds]
     keys = make_keys(np.array(seeds).astype(np.uint32))
     init_keys, act_keys, update_keys = jax.vmap(partial(jax.random.split, num=3), out_axes=1)(keys)
     agents = compile_functions(args, obs_dim, act_dim)
-    state = agents.init(init_keys)
-    if checkpoint:
-        state = jax.tree.map_with_path(lambda path, _: jnp.array(arrays[jax.tree_util.keystr(path)]), state)
+    name_of, state = jax.tree_util.keystr, agents.init(init_keys)
+    state = jax.tree.map_with_path(lambda path, x: jnp.array(arrays[name_of(path)]) if checkpoint else x, state)
     if args.evaluate:
         x = evaluate(partial(agents.act, state), args, eval_seeds, run_folders, "videos", args.num_episodes).round(1)
         sys.exit(print(f"return {x.mean(1).round(1)} +- {x.std(1).round(1)}, by seed and episode {x.tolist()}"))
+    steps, start = range(first_step + args.num_envs, args.total_timesteps + 1, args.num_envs), time.time() - seconds
+    steps or sys.exit(print(f"{run_folders[0]} is finished at step {first_step}; --total-timesteps MORE goes on"))
+    file, size = run_folders[0] / "replay_buffer.bin", min(args.buffer_size, args.total_timesteps)
+    shape, num_added = (size, S, 2 * obs_dim + act_dim + 2), num_added * args.checkpoint_buffer
+    if num_added and not (file.exists() and file.stat().st_size >= 4 * math.prod(shape[1:]) * min(size, num_added)):
+        fail(f"{file} is missing or too short; --no-checkpoint-buffer goes on without it")
     versions = {name: metadata.version(name) for name in ("jax", "optax", "gymnasium", "mujoco", "numpy", "tyro")}
     config = {"script": FORMAT.split(",")[0], **asdict(args), "resume": None, "first_seed": args.seed}
     if args.track:
@@ -444,10 +441,10 @@ if __name__ == "__main__":
         signal.signal(number, lambda number, _: stop.append(number) or signal.signal(number, signal.SIG_DFL))
     # env setup: SameStep resets an environment in the step that ends its episode; each seed has num_envs, in its order
     envs = gym.vector.SyncVectorEnv(len(env_seeds) * [partial(make_env, args.env_id)], autoreset_mode="SameStep")
-    if hasattr(os, "posix_fallocate"):  # all of the file now: a later write that finds no room kills the process
-        os.posix_fallocate(os.open(rows_file, os.O_RDWR | os.O_CREAT, 0o644), 0, 4 * math.prod(shape))
-    buffer = jnp.array(disk := np.memmap(rows_file, np.float32, "r+" if rows_file.exists() else "w+", shape=shape))
-    steps, start = range(first_step + args.num_envs, args.total_timesteps + 1, args.num_envs), time.time() - seconds
+    if args.checkpoint_buffer:  # all of its room now, where the system can: a later write that finds none is fatal
+        getattr(os, "posix_fallocate", max)(os.open(file, os.O_RDWR | os.O_CREAT, 0o644), 0, 4 * math.prod(shape))
+    disk = np.memmap(file, np.float32, "r+", shape=shape) if args.checkpoint_buffer else np.zeros(shape, np.float32)
+    buffer = jnp.array(disk.swapaxes(0, 1))  # (S, size, row), on the device
     # TRY NOT TO MODIFY: start the game, in new episodes where the run is resumed
     obs, _ = envs.reset(seed=env_seeds.tolist())
     for global_step in tqdm(steps, unit="step", unit_scale=args.num_envs, disable=None):
@@ -466,7 +463,7 @@ if __name__ == "__main__":
             for k in np.flatnonzero(~np.isfinite(x)) // x[0].size // args.num_envs:
                 fail(f"the {name} is not finite at step {global_step}, seed {seeds[k]}; see {run_folders[k]}", code=1)
         rows = np.float32(np.column_stack([obs, real_next_obs, actions, rewards, terminated])).reshape(S, -1, shape[2])
-        disk[:, np.arange(num_added, num_added + args.num_envs) % args.buffer_size] = rows
+        disk[np.arange(num_added, num_added + args.num_envs) % size] = rows.swapaxes(0, 1)
         buffer, obs, num_added = agents.add(buffer, num_added, rows), next_obs, num_added + args.num_envs
         # ALGO LOGIC: training.
         if num_added > args.learning_starts:
@@ -484,11 +481,11 @@ if __name__ == "__main__":
                 writers[k].add_scalar("charts/eval_return", mean, global_step)
                 tqdm.write(f"step {global_step}: evaluation return {mean:.1f} +- {std:.1f}, seed {seeds[k]}")
         if stop or global_step % args.checkpoint_frequency < args.num_envs or global_step in (steps[0], steps[-1]):
-            arrays = {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(jax.device_get(state))}
+            arrays = {name_of(path): x for path, x in jax.tree.leaves_with_path(jax.device_get(state))}
             for (name, x), k in product(arrays.items(), range(S)):
                 if name != ".mean_std" and not np.isfinite(x[k]).all():  # that is NaN before the first update
                     fail(f"weight {name} is not finite at step {global_step}, seed {seeds[k]}; see {run_folders[k]}", 1)
-            done = global_step, num_updates, num_added, time.time() - start, tables
+            done = global_step, num_updates, num_added * args.checkpoint_buffer, time.time() - start, tables
             about = {"args": asdict(args), "names": [folder.name for folder in run_folders], "progress": done}
             np.savez(run_folders[0] / "unfinished.npz", **{FORMAT: json.dumps(about)}, **arrays)
             for writer in writers:
@@ -498,3 +495,6 @@ if __name__ == "__main__":
             for old in sorted(run_folders[0].glob("checkpoint_*.npz"))[:-2]:
                 old.unlink()
         stop and fail(f"stopped at step {global_step}; go on with --resume {run_folders[0]}", code=128 + stop[0])
+    for folder, k in zip(run_folders, range(S if args.save_model else 0), strict=False):
+        networks = {name: x[k] for name, x in arrays.items() if name.startswith((".acting_actor", ".critic"))}
+        np.savez(folder / "model.npz", config=(folder / "config.json").read_text(), **networks)

@@ -82,8 +82,9 @@ def assert_equal(tree, other):
         np.testing.assert_array_equal(leaf, x)  # NaN equals NaN
 
 
-def test_updates_after_a_resume_are_bit_equal(pair, finished, tmp_path):  # noqa: F811
-    again = run_loop(tmp_path, "--resume", finished)  # at its last step already: it is loaded, and that is all
+def test_updates_after_a_resume_are_bit_equal(pair, finished, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("tqdm.tqdm", lambda steps, **_: iter(()))  # it is loaded, and that is all
+    again = run_loop(tmp_path, "--resume", finished, "--total-timesteps", "260")
     assert again.state is not pair.state and again.num_added == 200 > pair.buffer.shape[1]  # the ring is full
     assert again.num_updates == pair.num_updates == 160
     assert_equal((again.state, again.buffer, again.update_keys), (pair.state, pair.buffer, pair.update_keys))
@@ -108,7 +109,7 @@ def test_a_resumed_run_continues_its_curves(finished, tmp_path):
     assert run.steps[0] == 194 and [folder.samefile(x) for folder, x in zip(folders, run.run_folders, strict=True)]
     assert [path.stem for path in checkpoints(finished)] == ["checkpoint_0000000256", "checkpoint_0000000260"]
     assert run.num_updates == 220 and run.num_added == 260
-    np.testing.assert_array_equal(run.disk, run.buffer)
+    np.testing.assert_array_equal(run.disk.swapaxes(0, 1), run.buffer)
     for k, folder in enumerate(folders):
         rows = evaluations(folder)
         assert [row for row, *_ in rows] == [100, 200, 260] and rows[0] == tables[k][0]  # no gap and no doubled row
@@ -205,6 +206,37 @@ def test_a_bad_checkpoint_is_refused_and_the_good_one_before_it_named(finished, 
     assert refused(capsys, tmp_path, "--resume", finished).endswith("before it: None")
     assert "missing" in refused(capsys, tmp_path, "--resume", "runs/nowhere")
     assert "missing" in refused(capsys, tmp_path, "--resume", second(finished))
+
+
+def test_a_finished_run_says_so(finished, tmp_path, capsys):
+    files = contents(finished)
+    with pytest.raises(SystemExit) as stop:
+        run_loop(tmp_path, "--resume", finished)
+    assert not stop.value.code and "is finished at step 200; --total-timesteps MORE" in capsys.readouterr().out
+    assert files == contents(finished)
+
+
+def test_without_its_buffer_a_run_collects_before_it_learns_on(finished, tmp_path):
+    (finished / "replay_buffer.bin").unlink()
+    flags = "--total-timesteps", "260", "--no-checkpoint-buffer", "--learning-starts", "40"
+    run = run_loop(tmp_path, "--resume", finished, *flags)
+    assert run.num_added == 60 and not (finished / "replay_buffer.bin").exists()
+    # two environments: 20 of the 60 rows came after learning_starts; the policy, not chance, acted for all of them
+    assert run.num_updates == 160 + 10 * run.args.updates_per_step
+    np.testing.assert_array_equal(run.disk.swapaxes(0, 1), run.buffer)
+    (finished / "replay_buffer.bin").write_bytes(b"")  # the next one has no rows to read either
+    assert run_loop(tmp_path, "--resume", finished, "--total-timesteps", "280", "--checkpoint-buffer").num_added == 20
+
+
+def test_the_networks_are_saved_at_the_end(finished, tmp_path):
+    run = run_loop(tmp_path, "--resume", finished, "--total-timesteps", "202", "--save-model")
+    for k, folder in enumerate((finished, second(finished))):
+        with np.load(folder / "model.npz") as model:
+            assert json.loads(str(model["config"]))["seed"] == k + 1
+            for network in "acting_actor", "critic":
+                leaves = {name for name in model if name.startswith(f".{network}")}
+                assert len(leaves) == len(jax.tree.leaves(getattr(run.state, network)))
+            np.testing.assert_array_equal(model[".acting_actor[0][0]"], run.state.acting_actor[0][0][k])
 
 
 def test_a_bad_replay_buffer_is_refused(finished, tmp_path, capsys):
