@@ -10,6 +10,7 @@ What follows the lone -- is for every script. Each run has a folder of its own, 
 its output.log, its attempts.jsonl (command, commit, hardware) and its runs/NAME lie; on a cluster OUT is on a disk
 that all machines share. The same command again skips what is finished, and resumes the rest from its checkpoints;
 with a larger --total-timesteps it extends what is finished. Ctrl-C ends the runs with SIGTERM, so that they write one.
+--seeds 1 with --num-seeds 3 among the flags of the JAX script makes one job of three seeds.
 Then: python benchmark/collect.py --csv results.csv --runs OUT/*/runs/*
 """
 
@@ -113,8 +114,10 @@ class Job:
             saved = [int(re.search(r"\d+", file.name)[0]) for file in checkpoints(path.parent)]
             evaluated, last_return = last_evaluation(path.parent / "evaluations.csv")
             over = evaluated >= total - total % num_envs  # the last of range(num_envs, total + 1, num_envs)
-            runs.append((path.parent, max([evaluated, *saved]), total, last_return, over))
-        return max(runs, key=lambda run: (run[4], run[1]), default=(None, 0, self.total_timesteps, None, False))
+            runs.append((path.parent, max([evaluated, *saved]), total, last_return, over, bool(saved)))
+        # several seeds of one process have their checkpoints in one of the folders
+        none = None, 0, self.total_timesteps, None, False, False
+        return max(runs, key=lambda run: (run[4], run[1], run[5]), default=none)[:5]
 
     def command(self, python):
         """What brings the run to its end from where it is."""

@@ -238,6 +238,7 @@ def test_where_a_run_stands(fake):
     make_run(fake, step=96, checkpoint="checkpoint_96.pt.tmp", seed=3)
     make_run(fake, step=20, checkpoint="checkpoint_20.pt", seed=4, name="older")
     make_run(fake, step=60, checkpoint="checkpoint_60.pt", seed=4, name="newer")
+    make_run(fake, step=60, seed=4, name="a_second_seed_beside_newer")
     (fake / "out/fake__A-v0__default__4/runs/half").mkdir()
     (fake / "out/fake__A-v0__default__4/runs/half/config.json").write_text('{"total_')
     lines = launch(fake, "--env-ids", "A-v0", "--seeds", 1, 2, 3, 4, "--dry-run").stdout.splitlines()
