@@ -29,7 +29,7 @@ import zipfile
 from collections import namedtuple
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib import import_module, metadata, util
+from importlib import metadata, util
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -352,8 +352,7 @@ def evaluate(agent: Agent, seed: int, video_folder: str | None = None, num_episo
         while running.any():
             actions, _ = agent.act(torch.as_tensor(obs, dtype=torch.float32).to(agent.device))
             obs, rewards, terminated, truncated, _ = envs.step(actions.cpu().numpy())
-            returns += running * rewards
-            running &= ~(terminated | truncated)
+            returns, running = returns + running * rewards, running & ~(terminated | truncated)
     envs.close()
     return returns
 
@@ -438,13 +437,14 @@ if __name__ == "__main__":
     versions = {package: metadata.version(package) for package in ("torch", "gymnasium", "mujoco", "numpy", "tyro")}
     config = {"script": FORMAT.split(",")[0], **asdict(args), "resume": None, "versions": versions}
     (run_folder / "config.json").write_text(json.dumps(config, indent=2))
-    if args.track:
-        import_module("wandb").init(project="som", name=run_folder.name, config=config, sync_tensorboard=True)
+    args.track and __import__("wandb").init(project="som", name=run_folder.name, config=config, sync_tensorboard=True)
     writer = SummaryWriter(run_folder, purge_step=first_step + 1)
     for number in signal.SIGINT, signal.SIGTERM:  # the run ends after its step; a second signal kills it
         signal.signal(number, lambda number, _: stop.append(number) or signal.signal(number, signal.SIG_DFL))
     # TRY NOT TO MODIFY: start the game, in new episodes where the run is resumed
-    obs, _ = envs.reset(seed=[(seed + first_step) % 2**32 for seed in env_seeds])
+    for env, state in zip(envs.envs, checkpoint.get("env_generators", ()), strict=False):
+        env.unwrapped.np_random.bit_generator.state = state
+    obs, _ = envs.reset(seed=None if first_step else env_seeds)
     for global_step in (progress := tqdm(steps, unit="step", unit_scale=args.num_envs, disable=None)):
         place = f"at step {global_step}, seed {args.seed}; see {run_folder}"
         # ALGO LOGIC: put action logic here
@@ -487,6 +487,7 @@ if __name__ == "__main__":
             done = global_step, agent.num_updates, rb.num_added * args.checkpoint_buffer, episodic_return, evaluations
             state = {"format": FORMAT, "args": asdict(args), "agent": agent.state_dict(), "generator": rng.get_state()}
             state |= {"optimizer": agent.optimizer.state_dict(), "progress": (*done, time.time() - start)}
+            state["env_generators"] = [env.unwrapped.np_random.bit_generator.state for env in envs.envs]
             torch.save(state, data := io.BytesIO())
             (run_folder / "checkpoint.tmp").write_bytes(data.getbuffer())
             writer.flush()
@@ -495,6 +496,5 @@ if __name__ == "__main__":
             for old in sorted(run_folder.glob("checkpoint_*.pt"))[:-2]:
                 old.unlink()
         stop and fail(f"stopped at step {global_step}; go on with --resume {run_folder}", code=128 + stop[0])
-    if args.save_model:
-        states = {"actor": agent.acting_actor.state_dict(), "critic": agent.critic.state_dict(), "config": config}
-        torch.save(states, run_folder / "model.pt")
+    networks = {"actor": agent.acting_actor.state_dict(), "critic": agent.critic.state_dict(), "config": config}
+    args.save_model and torch.save(networks, run_folder / "model.pt")

@@ -188,22 +188,27 @@ def test_a_resumed_run_continues_its_curves(run_loop, finished):
     assert [int(path.stem.split("_")[1]) for path in checkpoints(finished)] == [192, 200]
 
 
-def test_a_resumed_run_sees_other_episodes(run_loop, finished):
-    seeds = []
-    reset = WalkEnv.reset
+def test_a_resumed_run_sees_the_episodes_that_come_next(run_loop, finished):
+    """The environments' generators go on where they were: nothing is drawn twice."""
+    path = sorted(finished.glob("checkpoint_*.pt"))[-1]
+    generators = [np.random.default_rng() for _ in range(2)]
+    for generator, state in zip(generators, torch.load(path, weights_only=True)["env_generators"], strict=True):
+        generator.bit_generator.state = state
+    firsts, reset = [], WalkEnv.reset
 
     def record(self, *, seed=None, options=None):
-        seeds.append(seed)
-        return reset(self, seed=seed, options=options)
+        firsts.append((obs := reset(self, seed=seed, options=options)[0]).tolist())
+        return obs, {}
 
     WalkEnv.reset = record
     try:
         run_loop("--resume", str(finished), "--total-timesteps", "130")
-        again, seeds = seeds[:2], []
+        again, firsts = firsts[:2], []
         run_loop(*TINY, "--env-id", "Walk-v0", "--total-timesteps", "44")
     finally:
         WalkEnv.reset = reset
-    assert None not in again and not set(again) & set(seeds[:2])
+    assert again == [generator.standard_normal(3).tolist() for generator in generators]
+    assert again[0] != again[1] and not {tuple(x) for x in again} & {tuple(x) for x in firsts}
 
 
 def test_evaluate_prints_the_returns_and_changes_nothing(run_loop, finished, capsys):
