@@ -1,10 +1,8 @@
-"""Time of one update and one action of SOM in PyTorch and in JAX, beside matrix products alone; whole runs of both.
+"""Time of one update and one action of SOM in PyTorch and in JAX, beside matrix products alone.
 
     python benchmark/step_time.py --csv benchmark/results/step_time.csv
 
 All timings of a row are taken in turn within one run, so that they share the machine; what counts is their ratio.
-Environment steps per second are those of the scripts themselves, run twice, for a short and a longer time: in the
-difference of the two, starting, compiling and the evaluation at the end cancel out.
 """
 
 import csv
@@ -12,9 +10,7 @@ import dataclasses
 import pathlib
 import platform
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from typing import Literal
 
@@ -46,12 +42,6 @@ class BenchmarkArgs:
     """time on the GPU"""
     torch_compile: bool = True
     """time the PyTorch script compiled, too"""
-    end_to_end: bool = True
-    """also time whole runs of the scripts"""
-    steps: tuple[int, int] = (1_000, 10_000)
-    """environment steps by which the longer run is longer, at the paper's and at the small sizes"""
-    num_seeds: int = 5
-    """agents side by side in the JAX script's second run (S)"""
     csv: pathlib.Path | None = None
     """also write the table to this file"""
 
@@ -184,45 +174,13 @@ def measure(name, sizes, options):
     return row
 
 
-def steps_per_second(script, env_id, flags, steps):
-    """Environment steps per second of one agent, learning included, by the wall time of two runs."""
-    script, seconds = pathlib.Path(__file__).parents[1] / script, []
-    for total in 1_000, 1_000 + steps:
-        command = [sys.executable, str(script), "--env-id", env_id, "--learning-starts", "500", *flags]
-        command += ["--total-timesteps", str(total), "--eval-frequency", str(total)]
-        with tempfile.TemporaryDirectory() as folder:
-            subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            tables = [path.read_text().splitlines() for path in pathlib.Path(folder).glob("runs/*/evaluations.csv")]
-        seconds.append(max(float(rows[-1].split(",")[-1]) for rows in tables))  # over the seeds of one process
-    return steps / (seconds[1] - seconds[0])
-
-
-def end_to_end(name, sizes, options):
-    """Columns of whole runs: the scripts with the README's flags for these sizes, four or five environments."""
-    flags = [word for key, value in sizes.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-    flags += ["--num-envs", "5" if name == "paper" else "4"]
-    steps = options.steps[name == "small"]
-    torch_flags = [*flags, "--cuda" if options.cuda else "--no-cuda"]
-    jax_flags = [*flags, "--platform", "gpu" if options.cuda else "cpu"]
-    runs = {"eager": ("som_continuous_action.py", torch_flags)}
-    if options.torch_compile:
-        runs["compiled"] = "som_continuous_action.py", [*torch_flags, "--compile"]
-    runs["jax"] = "som_continuous_action_jax.py", jax_flags
-    several = f"jax, {options.num_seeds} seeds"
-    runs[several] = "som_continuous_action_jax.py", [*jax_flags, "--num-seeds", str(options.num_seeds)]
-    rates = {label: steps_per_second(script, options.env_id, f, steps) for label, (script, f) in runs.items()}
-    columns = {f"env steps/s {label}": round(rate, 1) for label, rate in rates.items()}
-    return columns | {f"time of {options.num_seeds} seeds / one": round(rates["jax"] / rates[several], 2)}
-
-
 if __name__ == "__main__":
     options = tyro.cli(BenchmarkArgs)
     if not options.cuda:
         jax.config.update("jax_platforms", "cpu")
     rows = []
     for name in options.sizes:
-        sizes = {"paper": PAPER, "small": SMALL}[name]
-        rows.append(measure(name, sizes, options) | (end_to_end(name, sizes, options) if options.end_to_end else {}))
+        rows.append(measure(name, {"paper": PAPER, "small": SMALL}[name], options))
         print("\n".join(f"{key:44} {value}" for key, value in rows[-1].items()), end="\n\n", flush=True)
     if options.csv:
         options.csv.parent.mkdir(parents=True, exist_ok=True)

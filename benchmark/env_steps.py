@@ -1,0 +1,103 @@
+"""Environment steps per second of whole runs of the scripts, learning included; several seeds of JAX beside one.
+
+    python benchmark/env_steps.py --csv benchmark/results/env_steps.csv
+
+Each script is run twice, for a short and a longer time: in the difference of their wall times, starting, compiling and
+the evaluation at the end cancel out. What counts are the ratios: rounds take the scripts in turn.
+"""
+
+import csv
+import dataclasses
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from typing import Literal
+
+import tyro
+
+ROOT = pathlib.Path(__file__).parents[1]
+COMMON = "--learning-starts 500".split()
+# flags of the sizes: Table 3's, the defaults, and those of the README's small setting; steps of the short run
+SIZES = {
+    "paper": "--num-envs 5".split(),
+    "small": "--num-envs 4 --hidden-dim 64 --num-mc-samples 8 --best-of-n 4 --batch-size 128".split(),
+}
+SHORT = 600
+
+
+@dataclasses.dataclass
+class EnvStepsArgs:
+    env_id: str = "HalfCheetah-v4"
+    """Gymnasium id, with episodes of one length: evaluations must take as long in both runs"""
+    sizes: tuple[Literal["paper", "small"], ...] = ("paper", "small")
+    """Table 3's sizes, and those of the README's small setting"""
+    longer: tuple[int, ...] = (250, 6_000)
+    """environment steps by which the longer run is longer, for each of the sizes"""
+    num_seeds: int = 5
+    """agents side by side in the JAX script's second run (S)"""
+    rounds: int = 1
+    """rounds; the median is reported"""
+    cuda: bool = False
+    """run on the GPU"""
+    csv: pathlib.Path | None = None
+    """also write the table to this file"""
+
+
+def seconds_of(script, flags, total):
+    """Wall time of a run, as the script says it with its last evaluation; of several seeds the last one's."""
+    command = [sys.executable, str(ROOT / script), *COMMON, *flags]
+    command += ["--total-timesteps", str(total), "--eval-frequency", str(total)]
+    with tempfile.TemporaryDirectory() as folder:
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        if result.returncode:
+            sys.exit(f"error: {' '.join(command)} ended with {result.returncode}: {result.stderr[-500:]}")
+        tables = [path.read_text().splitlines() for path in pathlib.Path(folder).glob("runs/*/evaluations.csv")]
+    return max(float(rows[-1].rpartition(",")[2]) for rows in tables)
+
+
+def main(args):
+    device = ["--cuda"] if args.cuda else ["--no-cuda"]
+    jax_device = ["--platform", "gpu" if args.cuda else "cpu"]
+    torch_script, jax_script = "som_continuous_action.py", "som_continuous_action_jax.py"
+    runs = {
+        "PyTorch, eager": (torch_script, [*device, "--no-compile"], 1),
+        "PyTorch, compiled": (torch_script, [*device, "--compile"], 1),
+        "JAX": (jax_script, jax_device, 1),
+        f"JAX, {args.num_seeds} seeds": (
+            jax_script,
+            [*jax_device, "--num-seeds", str(args.num_seeds)],
+            args.num_seeds,
+        ),
+    }
+    rows = []
+    for sizes, longer in zip(args.sizes, args.longer, strict=True):
+        seconds = {name: [] for name in runs}
+        for _ in range(args.rounds):
+            for name, (script, flags, _) in runs.items():
+                flags = ["--env-id", args.env_id, *SIZES[sizes], *flags]
+                times = [seconds_of(script, flags, total) for total in (SHORT, SHORT + longer)]
+                seconds[name].append(times[1] - times[0])
+        threads = os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))
+        for name, (*_, num_seeds) in runs.items():
+            ratios = [one / own for one, own in zip(seconds["JAX"], seconds[name], strict=True)]
+            row = {"sizes": sizes, "env_id": args.env_id, "hardware": f"{platform.machine()}, {threads} threads"}
+            row |= {"run": name, "seconds": round(statistics.median(seconds[name]), 2)}
+            row["env steps/s of each agent"] = round(longer / statistics.median(seconds[name]), 1)
+            row["env steps/s in all"] = round(num_seeds * longer / statistics.median(seconds[name]), 1)
+            row["in all / JAX"] = round(num_seeds * statistics.median(ratios), 2)
+            rows.append(row)
+            print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    if args.csv:
+        args.csv.parent.mkdir(parents=True, exist_ok=True)
+        with args.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(EnvStepsArgs, description=__doc__))
