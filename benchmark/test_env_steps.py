@@ -30,5 +30,5 @@ def test_time_of_a_real_run_and_of_one_that_fails():
     flags = "--env-id Pendulum-v1 --num-envs 1 --hidden-dim 8 --num-mc-samples 2 --best-of-n 2 --batch-size 8 --no-cuda"
     flags = [*flags.split(), "--no-compile"]
     assert 0 < env_steps.seconds_of("som_continuous_action.py", flags, 510) < 600
-    with pytest.raises(SystemExit, match="ended with 2.*--gamma"):
+    with pytest.raises(SystemExit, match=r"ended with 2.*--gamma"):
         env_steps.seconds_of("som_continuous_action.py", [*flags, "--gamma", "2"], 510)
