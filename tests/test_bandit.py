@@ -4,6 +4,7 @@ The numbers take an hour on two slow cores and are left out by default: pytest -
 """
 
 import ast
+import copy
 import dataclasses
 import importlib.util
 import inspect
@@ -226,7 +227,7 @@ def test_training_fits_the_critic_and_leaves_it_alone_with_an_oracle():
     for oracle, method in itertools.product((False, True), ("som", "mfp")):
         agent = bandit.Agent(small(oracle_critic=oracle), method, task)
         before = [weight.clone() for weight in (*agent.critic.parameters(), *agent.actor.parameters())]
-        agent.update(a, task.reward(a))
+        agent.update(a.unsqueeze(0), task.reward(a).unsqueeze(0))
         after = [*agent.critic.parameters(), *agent.actor.parameters()]
         moved = [not torch.equal(x, y) for x, y in zip(before, after, strict=True)]
         half = len([*agent.critic.parameters()])
@@ -238,9 +239,38 @@ def test_the_critics_gradient_is_that_of_its_own_loss_alone():
     agent = bandit.Agent(small(), "som", task)
     q = agent.q_fn(torch.zeros(32, 1), a.unsqueeze(1)).squeeze(1)
     expected = torch.autograd.grad((q - task.reward(a)).square().mean(), [*agent.critic.parameters()])
-    agent.update(a, task.reward(a))
+    agent.update(a.unsqueeze(0), task.reward(a).unsqueeze(0))
     for weight, gradient in zip(agent.critic.parameters(), expected, strict=True):
         torch.testing.assert_close(weight.grad, gradient)
+
+
+def test_an_update_is_one_of_the_policy_and_one_of_the_critic_for_each_batch():
+    task, batches = bandit.Bandit("eight-gaussians"), 4 * torch.rand(3, 32, 2) - 2
+    one, three = (bandit.Agent(small(), "som", task) for _ in range(2))
+    three.actor.load_state_dict(one.actor.state_dict())
+    three.critic.load_state_dict(one.critic.state_dict())
+    q = copy.deepcopy(one.critic)  # the same three steps by hand
+    optimizer = torch.optim.Adam(q.parameters(), small().q_lr)
+    for a in batches:
+        optimizer.zero_grad()
+        (q(torch.zeros(32, 1), a.unsqueeze(1)).flatten() - task.reward(a)).square().mean().backward()
+        optimizer.step()
+    for agent, actions in ((one, batches[:1]), (three, batches)):
+        torch.manual_seed(7)
+        agent.update(actions, task.reward(actions))
+    for x, y in zip(one.actor.parameters(), three.actor.parameters(), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+    for x, y in zip(three.critic.parameters(), q.parameters(), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize(("oracle", "batches"), [(True, 1), (False, 3)])
+def test_the_critic_is_updated_q_updates_times(monkeypatch, oracle, batches):
+    seen, update = [], bandit.Agent.update
+    monkeypatch.setattr(bandit.Agent, "update", lambda *x: seen.append((x[1].shape, x[2].shape)) or update(*x))
+    args = small(oracle_critic=oracle, q_updates=3, total_updates=2, learning_starts=10, num_mc_samples=2)
+    bandit.train(args, "som", bandit.Bandit("eight-gaussians"), 0)
+    assert seen == 2 * [((batches, 32, 2), (batches, 32))]
 
 
 def test_one_step_action_is_noise_minus_u_and_mfp_takes_its_best():
@@ -325,6 +355,7 @@ def test_a_run_writes_its_pictures_and_numbers(tiny_run, task):
 BAD_NUMBERS = {
     "--seed": "-1", "--reward-noise": "-0.1", "--bump-scale": "nan", "--bump-std": "0", "--total-updates": "99",
     "--num-envs": "0", "--learning-starts": "-1", "--batch-size": "0", "--policy-lr": "0", "--q-lr": "inf",
+    "--q-updates": "0",
     "--hidden-dim": "0", "--q-hidden-dim": "0", "--num-frequencies": "0", "--policy-tau": "1.5", "--noise-scale": "-1",
     "--zero-r-ratio": "1.1", "--inverse-temperature": "0", "--num-mc-samples": "0", "--score-scale": "0",
     "--beta-max": "0.05", "--best-of-n": "0",
