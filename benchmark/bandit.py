@@ -1,8 +1,9 @@
-"""The numbers of the 2D bandit in the README: som_bandit_2d.py on the eight Gaussians, three seeds of every setting.
+"""The numbers of the 2D bandit in the README: som_bandit_2d.py, three seeds of every setting of the eight Gaussians.
 
     python benchmark/bandit.py --out runs/bandit --csv benchmark/results/bandit.csv
 
-A run that is already in --out is not repeated. Cells hold the seeds in order; shares are of 2,000 one-step actions.
+The other two tasks are run with the first seed alone. A run that is already in --out is not repeated. Cells hold the
+seeds in order; shares are of 2,000 one-step actions.
 """
 
 import csv
@@ -20,8 +21,10 @@ SETTINGS = (
     "--oracle-critic",
     "--oracle-critic --reference uniform",
     "",
-    "--reference uniform",
+    "--reference uniform --policy-lr 2e-3",
     "--oracle-critic --total-updates 8000 --num-mc-samples 256",
+    "--task two-moons",
+    "--task checkerboard",
 )
 
 
@@ -32,7 +35,7 @@ class BanditArgs:
     csv: pathlib.Path
     """table to write"""
     seeds: tuple[int, ...] = (1, 2, 3)
-    """seeds of every setting"""
+    """seeds of every setting; of the other two tasks the first"""
     settings: tuple[str, ...] = SETTINGS
     """flags of som_bandit_2d.py, one string for each setting"""
 
@@ -71,13 +74,14 @@ def rows_of(flags, results):
 def main(args):
     rows = []
     for flags in args.settings:
-        for seed in args.seeds:
+        seeds = args.seeds[:1] if "--task" in flags else args.seeds
+        for seed in seeds:
             if result_of(args, flags, seed) is None:
                 folder = folder_of(args, flags, seed)
                 folder.mkdir(parents=True, exist_ok=True)
                 command = [sys.executable, ROOT / "som_bandit_2d.py", "--seed", str(seed), *shlex.split(flags)]
                 subprocess.run(command, cwd=folder, check=True)
-        rows += rows_of(flags, [result_of(args, flags, seed) for seed in args.seeds])
+        rows += rows_of(flags, [result_of(args, flags, seed) for seed in seeds])
         args.csv.parent.mkdir(parents=True, exist_ok=True)
         with args.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
