@@ -1,9 +1,8 @@
-"""The numbers of the 2D bandit in the README: som_bandit_2d.py, three seeds of every setting of the eight Gaussians.
+"""The numbers of the 2D bandit in the README: som_bandit_2d.py on the eight Gaussians, three seeds of every setting.
 
     python benchmark/bandit.py --out runs/bandit --csv benchmark/results/bandit.csv
 
-The other two tasks are run with the first seed alone. A run that is already in --out is not repeated. Cells hold the
-seeds in order; shares are of 2,000 one-step actions.
+A run that is already in --out is not repeated. Cells hold the seeds in order; shares are of 2,000 one-step actions.
 """
 
 import csv
@@ -23,8 +22,6 @@ SETTINGS = (
     "",
     "--reference uniform --policy-lr 2e-3",
     "--oracle-critic --total-updates 8000 --num-mc-samples 256",
-    "--task two-moons",
-    "--task checkerboard",
 )
 
 
@@ -35,7 +32,7 @@ class BanditArgs:
     csv: pathlib.Path
     """table to write"""
     seeds: tuple[int, ...] = (1, 2, 3)
-    """seeds of every setting; of the other two tasks the first"""
+    """seeds of every setting"""
     settings: tuple[str, ...] = SETTINGS
     """flags of som_bandit_2d.py, one string for each setting"""
 
@@ -74,14 +71,13 @@ def rows_of(flags, results):
 def main(args):
     rows = []
     for flags in args.settings:
-        seeds = args.seeds[:1] if "--task" in flags else args.seeds
-        for seed in seeds:
+        for seed in args.seeds:
             if result_of(args, flags, seed) is None:
                 folder = folder_of(args, flags, seed)
                 folder.mkdir(parents=True, exist_ok=True)
                 command = [sys.executable, ROOT / "som_bandit_2d.py", "--seed", str(seed), *shlex.split(flags)]
                 subprocess.run(command, cwd=folder, check=True)
-        rows += rows_of(flags, [result_of(args, flags, seed) for seed in seeds])
+        rows += rows_of(flags, [result_of(args, flags, seed) for seed in args.seeds])
         args.csv.parent.mkdir(parents=True, exist_ok=True)
         with args.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])

@@ -446,7 +446,7 @@ def test_bad_input_of_the_real_script_writes_nothing(tmp_path, capsys, flags):
 spec = importlib.util.spec_from_file_location("bandit_benchmark", ROOT / "benchmark" / "bandit.py")
 benchmark = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(benchmark)
-PRIOR, UNIFORM, LEARNED, UNIFORM_LEARNED, LONG, *_ = benchmark.SETTINGS
+PRIOR, UNIFORM, LEARNED, UNIFORM_LEARNED, LONG = benchmark.SETTINGS
 
 
 @pytest.fixture(scope="module")
