@@ -58,7 +58,8 @@ class Args:
     learning_starts: int = 2_000  # uniform random actions before learning
     batch_size: int = 256  # actions in an update (B)
     policy_lr: float = 4e-3  # learning rate of the policy, falls linearly to 0
-    q_lr: float = 4e-3  # learning rate of the critic, falls linearly to 0
+    q_lr: float = 2e-2  # learning rate of the critic, falls linearly to 0
+    q_updates: int = 4  # updates of the critic for each of the policy, each on a batch of its own
     hidden_dim: int = 128  # width of the policy's 3 hidden layers
     q_hidden_dim: int = 32  # width of the critic's 2 hidden layers
     num_frequencies: int = 1  # sines and cosines of time: 1 rad alone; 8 fill 1 to 3 rad
@@ -304,13 +305,15 @@ class Agent:  # a policy and its critic, trained by method "som" or "mfp"
         return (mf + ivc).mean()
 
     def update(self, actions: torch.Tensor, rewards: torch.Tensor) -> tuple[float, float]:
-        """One step of the policy and, on actions (B, 2) and rewards (B,), of the critic; returns their losses."""
+        """One policy step on actions (S, B, 2), a critic step for each of S batches with rewards (S, B); the losses."""
         self.num_updates += 1
-        actor_loss, q = self.actor_loss(actions), self.q_fn(torch.zeros(len(actions), 1), actions.unsqueeze(1))
-        qf_loss = (q.squeeze(1) - rewards).square().mean()  # an oracle has no gradient, and no weights to move
-        self.optimizer.zero_grad()
-        (actor_loss + qf_loss).backward()
-        self.optimizer.step()
+        actor_loss = self.actor_loss(actions[0])
+        for i, (a, reward) in enumerate(zip(actions, rewards, strict=True)):
+            q = self.q_fn(torch.zeros(len(a), 1), a.unsqueeze(1)).squeeze(1)
+            qf_loss = (q - reward).square().mean()  # an oracle has no gradient, and no weights to move
+            self.optimizer.zero_grad()
+            (qf_loss if i else qf_loss + actor_loss).backward()
+            self.optimizer.step()
         self.decay.step()
         tau = max(self.args.policy_tau, 9 / (self.num_updates + 9))  # forgets the first networks sooner
         with torch.no_grad():
@@ -334,7 +337,8 @@ def train(args: Args, method: str, bandit: Bandit, position: int) -> tuple[Agent
         end = args.learning_starts + update * args.num_envs
         actions[end - args.num_envs : end], rewards[end - args.num_envs : end] = a, bandit.query(a)
         # ALGO LOGIC: training.
-        actor_loss, qf_loss = agent.update(actions[slots := torch.randint(end, (args.batch_size,))], rewards[slots])
+        slots = torch.randint(end, (1 if args.oracle_critic else args.q_updates, args.batch_size))
+        actor_loss, qf_loss = agent.update(actions[slots], rewards[slots])
         if not math.isfinite(actor_loss + qf_loss):
             fail(f"a loss of {method} is not finite at update {update}, seed {args.seed}", code=1)
         if update % 100 == 0:
@@ -419,12 +423,8 @@ def draw_scores(path: pathlib.Path, bandit: Bandit, sigma: float = 0.3, num_mc_s
         image = panel(ax, score.norm(dim=1).reshape(81, 81), None, title, cmap="viridis", vmin=0, vmax=top)
         ax.scatter(*bandit.centres.T, marker="x", s=20, c="white", linewidths=0.8)
         figure.colorbar(image, ax=ax, shrink=0.8)
-    text = (
-        f"||score|| at sigma(t) = {sigma}. Left and middle: the same on one scale, they differ by sampling error alone."
-    )
-    text += (
-        "\nThe right one is the score of exp(10 r), another distribution than r: it must differ, however good it is."
-    )
+    text = f"||score|| at sigma(t) = {sigma}. Left and middle are the same on one scale, up to sampling error alone."
+    text += "\nThe right one is the score of exp(10 r), another distribution than r: it differs, however good it is."
     figure.supxlabel(text, fontsize=9)
     figure.savefig(path, dpi=90)
 

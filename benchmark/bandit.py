@@ -20,7 +20,7 @@ SETTINGS = (
     "--oracle-critic",
     "--oracle-critic --reference uniform",
     "",
-    "--reference uniform",
+    "--reference uniform --policy-lr 2e-3",
     "--oracle-critic --total-updates 8000 --num-mc-samples 256",
 )
 

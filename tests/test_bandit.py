@@ -4,15 +4,20 @@ The numbers take an hour on two slow cores and are left out by default: pytest -
 """
 
 import ast
+import concurrent.futures
+import contextlib
+import copy
 import dataclasses
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import math
 import os
 import pathlib
 import re
+import runpy
 import subprocess
 import sys
 import typing
@@ -29,9 +34,11 @@ import som_continuous_action as som
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPT = ROOT / "som_bandit_2d.py"
 TASKS = "eight-gaussians", "two-moons", "checkerboard"
-TINY = "--total-updates 100 --num-mc-samples 4 --hidden-dim 16 --q-hidden-dim 16 --batch-size 32 --best-of-n 3".split()
+TINY = "--total-updates 100 --num-mc-samples 4 --hidden-dim 16 --q-hidden-dim 16 --batch-size 32 --best-of-n 3"
+TINY = f"{TINY} --q-updates 1".split()
 PICTURES = {"arrows.png", "training.png", "scores.png"}
 ROOT2 = math.sqrt(2)
+FEW = 200  # actions in the short runs of a copy of the script
 
 
 @pytest.fixture(autouse=True)
@@ -192,7 +199,8 @@ def test_mixed_score_has_less_variance_where_it_is_needed():
     assert errors["mixed"] < 0.3 * errors["gradient"]
 
 
-def test_ode_of_the_prior_matched_field_reaches_the_high_modes():
+def test_ode_of_the_prior_matched_field_reaches_the_high_modes(monkeypatch):
+    monkeypatch.setattr(bandit, "NUM_ODE_STEPS", 40)
     task = bandit.Bandit("eight-gaussians")
     agent = bandit.Agent(small(oracle_critic=True, num_mc_samples=128), "som", task)
     result = bandit.measure(task, ends := bandit.integrate(agent, torch.randn(300, 2), seed=0), ends)
@@ -200,7 +208,8 @@ def test_ode_of_the_prior_matched_field_reaches_the_high_modes():
     assert min(result["high_mode_share"]) > 0.15
 
 
-def test_ode_of_the_papers_field_reaches_the_high_modes():
+def test_ode_of_the_papers_field_reaches_the_high_modes(monkeypatch):
+    monkeypatch.setattr(bandit, "NUM_ODE_STEPS", 40)
     task = bandit.Bandit("eight-gaussians")
     agent = bandit.Agent(small(oracle_critic=True, num_mc_samples=128, reference="uniform"), "som", task)
     result = bandit.measure(task, ends := bandit.integrate(agent, torch.randn(300, 2), seed=0), ends)
@@ -226,7 +235,7 @@ def test_training_fits_the_critic_and_leaves_it_alone_with_an_oracle():
     for oracle, method in itertools.product((False, True), ("som", "mfp")):
         agent = bandit.Agent(small(oracle_critic=oracle), method, task)
         before = [weight.clone() for weight in (*agent.critic.parameters(), *agent.actor.parameters())]
-        agent.update(a, task.reward(a))
+        agent.update(a.unsqueeze(0), task.reward(a).unsqueeze(0))
         after = [*agent.critic.parameters(), *agent.actor.parameters()]
         moved = [not torch.equal(x, y) for x, y in zip(before, after, strict=True)]
         half = len([*agent.critic.parameters()])
@@ -238,9 +247,38 @@ def test_the_critics_gradient_is_that_of_its_own_loss_alone():
     agent = bandit.Agent(small(), "som", task)
     q = agent.q_fn(torch.zeros(32, 1), a.unsqueeze(1)).squeeze(1)
     expected = torch.autograd.grad((q - task.reward(a)).square().mean(), [*agent.critic.parameters()])
-    agent.update(a, task.reward(a))
+    agent.update(a.unsqueeze(0), task.reward(a).unsqueeze(0))
     for weight, gradient in zip(agent.critic.parameters(), expected, strict=True):
         torch.testing.assert_close(weight.grad, gradient)
+
+
+def test_an_update_is_one_of_the_policy_and_one_of_the_critic_for_each_batch():
+    task, batches = bandit.Bandit("eight-gaussians"), 4 * torch.rand(3, 32, 2) - 2
+    one, three = (bandit.Agent(small(), "som", task) for _ in range(2))
+    three.actor.load_state_dict(one.actor.state_dict())
+    three.critic.load_state_dict(one.critic.state_dict())
+    q = copy.deepcopy(one.critic)  # the same three steps by hand
+    optimizer = torch.optim.Adam(q.parameters(), small().q_lr)
+    for a in batches:
+        optimizer.zero_grad()
+        (q(torch.zeros(32, 1), a.unsqueeze(1)).flatten() - task.reward(a)).square().mean().backward()
+        optimizer.step()
+    for agent, actions in ((one, batches[:1]), (three, batches)):
+        torch.manual_seed(7)
+        agent.update(actions, task.reward(actions))
+    for x, y in zip(one.actor.parameters(), three.actor.parameters(), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+    for x, y in zip(three.critic.parameters(), q.parameters(), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize(("oracle", "batches"), [(True, 1), (False, 3)])
+def test_the_critic_is_updated_q_updates_times(monkeypatch, oracle, batches):
+    seen, update = [], bandit.Agent.update
+    monkeypatch.setattr(bandit.Agent, "update", lambda *x: seen.append((x[1].shape, x[2].shape)) or update(*x))
+    args = small(oracle_critic=oracle, q_updates=3, total_updates=2, learning_starts=10, num_mc_samples=2)
+    bandit.train(args, "som", bandit.Bandit("eight-gaussians"), 0)
+    assert seen == 2 * [((batches, 32, 2), (batches, 32))]
 
 
 def test_one_step_action_is_noise_minus_u_and_mfp_takes_its_best():
@@ -282,21 +320,54 @@ def test_script_is_short_and_imports_nothing_of_this_repository():
 
 
 # The script as a user runs it
-def run_script(folder, *flags):
+class InlineExecutor:
+    """Does at once what is submitted, in this process."""
+
+    def __init__(self, *_):
+        self.map = map
+
+    def submit(self, function, *args):
+        future = concurrent.futures.Future()
+        future.set_result(function(*args))
+        return future
+
+
+def run_here(script, folder, *flags):
+    """A script's main in this process, without the seconds that it takes to start Python anew; what it prints."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as output:
+        patch.setattr(concurrent.futures, "ProcessPoolExecutor", InlineExecutor)
+        patch.setattr(sys, "argv", [script.name, *flags])
+        patch.chdir(folder)
+        runpy.run_path(str(script), run_name="__main__")
+    bandit.plt.close("all")
+    return output.getvalue()
+
+
+def run_process(script, folder, *flags):
+    """A script as a process, without a display; what it prints."""
     env = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "MPLBACKEND")}
-    command = [sys.executable, SCRIPT, *flags]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env)
+    finished = subprocess.run([sys.executable, script, *flags], cwd=folder, capture_output=True, text=True, env=env)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
 
 
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
-    """The run folders of a short run of every task, by task; without a display."""
-    folders = {}
-    for task, extra in zip(TASKS, ("--bump-scale 0.5 --reward-noise 0.2", "--oracle-critic", ""), strict=True):
+    """The run folders of a short run of every task, by task; of a copy of the script that has less to compute."""
+    source, folders = SCRIPT.read_text(), {}
+    changes = (
+        ("NUM_SAMPLES = 2000 ", f"NUM_SAMPLES = {FEW} "),
+        ("NUM_ODE_STEPS = 100 ", "NUM_ODE_STEPS = 10 "),
+        ("num_mc_samples: int = 200)", "num_mc_samples: int = 5)"),
+    )
+    for old, new in changes:
+        assert source.count(old) == 1
+        source = source.replace(old, new)
+    (script := tmp_path_factory.mktemp("script") / SCRIPT.name).write_text(source)
+    extras = "--bump-scale 0.5 --reward-noise 0.2", "--oracle-critic", ""
+    for task, extra, run in zip(TASKS, extras, (run_here, run_here, run_process), strict=True):
         folder = tmp_path_factory.mktemp(task)
-        finished = run_script(folder, "--task", task, *TINY, *extra.split())
-        assert finished.returncode == 0, finished.stderr
-        assert "som: mean reward" in finished.stdout
+        assert "som: mean reward" in run(script, folder, "--task", task, *TINY, *extra.split())
         (folders[task],) = (folder / "runs").iterdir()
     return folders
 
@@ -318,13 +389,14 @@ def test_a_run_writes_its_pictures_and_numbers(tiny_run, task):
         assert results[policy].keys() == expected.keys()
         for key in ("mean_reward", "low_mode_share", "w2_to_pf_ode"):
             assert results[policy][key] == pytest.approx(expected[key], rel=1e-5), key
-        assert results[policy]["mode_counts"] == expected["mode_counts"] and len(samples[policy]) == 2000
+        assert results[policy]["mode_counts"] == expected["mode_counts"] and len(samples[policy]) == FEW
         assert results[policy]["high_mode_share"] == expected["high_mode_share"]
 
 
 BAD_NUMBERS = {
     "--seed": "-1", "--reward-noise": "-0.1", "--bump-scale": "nan", "--bump-std": "0", "--total-updates": "99",
     "--num-envs": "0", "--learning-starts": "-1", "--batch-size": "0", "--policy-lr": "0", "--q-lr": "inf",
+    "--q-updates": "0",
     "--hidden-dim": "0", "--q-hidden-dim": "0", "--num-frequencies": "0", "--policy-tau": "1.5", "--noise-scale": "-1",
     "--zero-r-ratio": "1.1", "--inverse-temperature": "0", "--num-mc-samples": "0", "--score-scale": "0",
     "--beta-max": "0.05", "--best-of-n": "0",
@@ -363,11 +435,11 @@ def test_flags_without_effect_are_refused(capsys, flags, words):
     assert words in refused(capsys, *flags.split())
 
 
-def test_bad_input_of_the_real_script_writes_nothing(tmp_path):
-    for flags in (["--task", "three-moons"], ["--batch-size", "0"], ["--no-such-flag"], ["--seed", "one"]):
-        finished = run_script(tmp_path, *flags)
-        assert finished.returncode == 2 and finished.stderr and "Traceback" not in finished.stderr
-    assert not any(tmp_path.iterdir())
+@pytest.mark.parametrize("flags", ["--task three-moons", "--batch-size 0", "--no-such-flag", "--seed one"])
+def test_bad_input_of_the_real_script_writes_nothing(tmp_path, capsys, flags):
+    with pytest.raises(SystemExit) as stop:
+        run_here(SCRIPT, tmp_path, *flags.split())
+    assert stop.value.code == 2 and capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
 # The numbers to reach: three seeds
