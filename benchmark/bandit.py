@@ -21,7 +21,7 @@ SETTINGS = (
     "--oracle-critic --reference uniform",
     "",
     "--reference uniform --policy-lr 2e-3",
-    "--oracle-critic --total-updates 8000 --num-mc-samples 256",
+    "--oracle-critic --total-updates 10000 --num-mc-samples 256",
 )
 
 
