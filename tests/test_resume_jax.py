@@ -37,7 +37,7 @@ class PoisonedEnv(SeededEnv):
 
 
 for what in "reward", "observation", "last observation":
-    name = f"Poisoned{what.title().replace(' ', '')}-v0"
+    name = f"PoisonedSeed{what.title().replace(' ', '')}-v0"
     gym.register(name, PoisonedEnv, kwargs={"what": what}, disable_env_checker=True)
 gym.register("SeededToo-v0", SeededEnv, disable_env_checker=True)
 
@@ -262,7 +262,7 @@ def test_what_cannot_change_is_refused(finished, tmp_path, capsys):
 @pytest.mark.parametrize("what", ["reward", "observation", "last observation"])
 def test_what_is_not_finite_never_reaches_a_checkpoint(tmp_path, capsys, what):
     PoisonedEnv.made = 0  # the first is made to see its spaces, then two for each seed
-    env_id, every_step = f"Poisoned{what.title().replace(' ', '')}-v0", ("--checkpoint-frequency", "2")
+    env_id, every_step = f"PoisonedSeed{what.title().replace(' ', '')}-v0", ("--checkpoint-frequency", "2")
     with pytest.raises(SystemExit) as stop:
         run_loop(tmp_path, *TINY, "--env-id", env_id, "--num-seeds", "2", *every_step)
     message, (first,) = capsys.readouterr().err.strip().splitlines()[-1], (tmp_path / "runs").glob("*__1__*")
