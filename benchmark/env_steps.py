@@ -20,13 +20,12 @@ from typing import Literal
 import tyro
 
 ROOT = pathlib.Path(__file__).parents[1]
-COMMON = "--learning-starts 500".split()
-# flags of the sizes: Table 3's, the defaults, and those of the README's small setting; steps of the short run
+# flags, and the environment steps by which the longer run is longer
 SIZES = {
-    "paper": "--num-envs 5".split(),
-    "small": "--num-envs 4 --hidden-dim 64 --num-mc-samples 8 --best-of-n 4 --batch-size 128".split(),
+    "paper": ("--num-envs 5".split(), 250),
+    "small": ("--num-envs 4 --hidden-dim 64 --num-mc-samples 8 --best-of-n 4 --batch-size 128".split(), 6_000),
 }
-SHORT = 600
+SHORT = 600  # steps of the short run
 
 
 @dataclasses.dataclass
@@ -35,8 +34,6 @@ class EnvStepsArgs:
     """Gymnasium id, with episodes of one length: evaluations must take as long in both runs"""
     sizes: tuple[Literal["paper", "small"], ...] = ("paper", "small")
     """Table 3's sizes, and those of the README's small setting"""
-    longer: tuple[int, ...] = (250, 6_000)
-    """environment steps by which the longer run is longer, for each of the sizes"""
     num_seeds: int = 5
     """agents side by side in the JAX script's second run (S)"""
     rounds: int = 1
@@ -49,7 +46,7 @@ class EnvStepsArgs:
 
 def seconds_of(script, flags, total):
     """Wall time of a run, as the script says it with its last evaluation; of several seeds the last one's."""
-    command = [sys.executable, str(ROOT / script), *COMMON, *flags]
+    command = [sys.executable, str(ROOT / script), "--learning-starts", "500", *flags]
     command += ["--total-timesteps", str(total), "--eval-frequency", str(total)]
     with tempfile.TemporaryDirectory() as folder:
         result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
@@ -67,21 +64,18 @@ def main(args):
         "PyTorch, eager": (torch_script, [*device, "--no-compile"], 1),
         "PyTorch, compiled": (torch_script, [*device, "--compile"], 1),
         "JAX": (jax_script, jax_device, 1),
-        f"JAX, {args.num_seeds} seeds": (
-            jax_script,
-            [*jax_device, "--num-seeds", str(args.num_seeds)],
-            args.num_seeds,
-        ),
+        f"JAX, {args.num_seeds} seeds": (jax_script, [*jax_device, "--num-seeds", str(args.num_seeds)], args.num_seeds),
     }
     rows = []
-    for sizes, longer in zip(args.sizes, args.longer, strict=True):
+    for sizes in args.sizes:
+        size_flags, longer = SIZES[sizes]
+        size_flags = ["--env-id", args.env_id, *size_flags]
         for script, flags, _ in runs.values():  # what has been compiled is found again by the runs that count
-            seconds_of(script, ["--env-id", args.env_id, *SIZES[sizes], *flags], SHORT)
+            seconds_of(script, size_flags + flags, SHORT)
         seconds = {name: [] for name in runs}
         for _ in range(args.rounds):
             for name, (script, flags, _) in runs.items():
-                flags = ["--env-id", args.env_id, *SIZES[sizes], *flags]
-                times = [seconds_of(script, flags, total) for total in (SHORT, SHORT + longer)]
+                times = [seconds_of(script, size_flags + flags, total) for total in (SHORT, SHORT + longer)]
                 seconds[name].append(times[1] - times[0])
         threads = os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))
         for name, (*_, num_seeds) in runs.items():

@@ -17,8 +17,9 @@ def test_a_table_of_short_runs(tmp_path, monkeypatch, capsys):
         return 100.0 + slope * (total - env_steps.SHORT) / 10  # the start counts in neither
 
     monkeypatch.setattr(env_steps, "seconds_of", fake)
+    monkeypatch.setitem(env_steps.SIZES, "small", ([], 10))
     path = tmp_path / "table.csv"
-    env_steps.main(env_steps.EnvStepsArgs(sizes=("small",), longer=(10,), num_seeds=5, rounds=2, csv=path))
+    env_steps.main(env_steps.EnvStepsArgs(sizes=("small",), num_seeds=5, rounds=2, csv=path))
     with path.open() as file:
         rows = {row["run"]: row for row in csv.DictReader(file)}
     assert [row["env steps/s in all"] for row in rows.values()] == ["1.2", "2.5", "5.0", "10.0"]
@@ -29,6 +30,6 @@ def test_a_table_of_short_runs(tmp_path, monkeypatch, capsys):
 def test_time_of_a_real_run_and_of_one_that_fails():
     flags = "--env-id Pendulum-v1 --num-envs 1 --hidden-dim 8 --num-mc-samples 2 --best-of-n 2 --batch-size 8 --no-cuda"
     flags = [*flags.split(), "--no-compile"]
-    assert 0 < env_steps.seconds_of("som_continuous_action.py", flags, 510) < 600
+    assert 0 < env_steps.seconds_of("som_continuous_action.py", flags, 510)  # no limit: it is a time
     with pytest.raises(SystemExit, match=r"ended with 2.*--gamma"):
         env_steps.seconds_of("som_continuous_action.py", [*flags, "--gamma", "2"], 510)
