@@ -305,6 +305,14 @@ test_jax.run_loop({str(tmp_path)!r}, "--resume", {str(finished)!r}, "--total-tim
     assert all(after[path] == before[path] for path in checkpoints(finished)) and len(checkpoints(finished)) == 2
 
 
+def test_a_folder_that_cannot_be_made_ends_the_run_with_a_line(tmp_path):
+    (tmp_path / "runs").touch()
+    command = [sys.executable, "-W", "ignore", str(SCRIPT), *TINY, "--env-id", "Pendulum-v1"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 1 and ended.stderr.strip().splitlines()[-1].startswith("error: "), ended.stderr
+    assert "runs/Pendulum-v1" in ended.stderr and "Traceback" not in ended.stderr
+
+
 # The real script, killed
 def start(folder, *flags):
     with (folder / "errors").open("w") as errors:
