@@ -28,7 +28,7 @@ from collections import namedtuple
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib import import_module, metadata, util
+from importlib import metadata, util
 from itertools import pairwise, product
 from typing import Literal
 
@@ -42,7 +42,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary import Writer
 from tqdm import tqdm
 
-FORMAT = f"{pathlib.Path(__file__).name}, checkpoints of version 1"
+FORMAT = f"{pathlib.Path(__file__).name}, checkpoints of version 2"
 Batch = namedtuple("Batch", "obs next_obs actions rewards terminated")
 Functions = namedtuple("Functions", "init explore act add update")
 State = namedtuple("State", "actor acting_actor critic target_critic log_lambda mean_std actor_adam q_adam lambda_adam")
@@ -80,6 +80,7 @@ class Args:
     q_lr: float = 1e-4  # learning rate of the critics
     hidden_dim: int = 256  # width of a hidden layer
     num_layers: int = 3  # hidden layers of policy and critics
+    num_frequencies: int = 8  # sines and cosines of the times in the policy, from 1 to 3 rad
     critic_loss: Literal["distributional", "mse"] = "mse"  # DACER's or squared TD; # differs from the paper: DACER's
     reference: Literal["uniform", "prior"] = "uniform"  # p_0 ~ exp(alpha Q); or ~ N(0, I) exp(alpha Q), needs no w
     sde: Literal["vp", "ve"] = "vp"  # variance preserving (Eq 1), or exploding (Appendix B)
@@ -135,10 +136,10 @@ def q_network(layers, obs, a):
     return out[..., 0], jax.nn.softplus(out[..., 1])
 
 
-def meanflow_actor(layers, obs, a_t, r, t, num_frequencies=8):
+def meanflow_actor(layers, obs, a_t, r, t):
     """Average velocity u(a_t, r, t, s): N actions (B, N, A) at times r, t (B, N, 1) in B states (B, O) -> (B, N, A)."""
     # radians over t in [0, 1]: the loss multiplies du/dt, and much higher frequencies keep MeanFlow from training
-    frequencies = jnp.linspace(1.0, 3.0, num_frequencies)
+    frequencies = jnp.linspace(1.0, 3.0, (layers[0][0].shape[1] - obs.shape[1] - a_t.shape[2]) // 4)
     phase_t, phase_dt = t * frequencies, (t - r) * frequencies  # (B, N, num_frequencies)
     embedding = jnp.sin(phase_t), jnp.cos(phase_t), jnp.sin(phase_dt), jnp.cos(phase_dt)
     return ensemble_mlp(layers, obs, jnp.concatenate([a_t, *embedding], axis=-1))[0]
@@ -266,7 +267,7 @@ def compile_functions(args, obs_dim, act_dim):
 
     def init(key):
         actor_key, critic_key = jax.random.split(key)
-        actor = init_ensemble(actor_key, 1, obs_dim + act_dim + 4 * 8, act_dim, args)
+        actor = init_ensemble(actor_key, 1, obs_dim + act_dim + 4 * args.num_frequencies, act_dim, args)
         critic = init_ensemble(critic_key, 2, obs_dim + act_dim, 2, args)
         log_lambda = jnp.log(jnp.float32(args.initial_lambda if args.autotune else 1))
         adams = [optax.adam(0.0).init(parameters) for parameters in (actor, critic, log_lambda)]
@@ -398,7 +399,7 @@ if __name__ == "__main__":
         if (good := path if checkpoint else None) != paths[-1]:
             fail(f"{paths[-1]} is missing, damaged or not of {FORMAT}; the good one before it: {good}")
         args = tyro.cli(Args, default=Args(**checkpoint["args"]))
-        for name in "env_id", "seed", "num_seeds", "num_envs", "buffer_size", "hidden_dim", "num_layers":
+        for name in "env_id seed num_seeds num_envs buffer_size hidden_dim num_layers num_frequencies".split():
             if getattr(args, name) != checkpoint["args"][name]:
                 fail(f"{path} has --{name.replace('_', '-')} {checkpoint['args'][name]}, which cannot change")
     jax.config.update("jax_platforms", "cpu" if args.platform == "cpu" else jax.config.jax_platforms)
@@ -406,7 +407,7 @@ if __name__ == "__main__":
     S, seeds = args.num_seeds, range(args.seed, args.seed + args.num_seeds)
     name = f"{args.env_id}__{args.exp_name}__{{}}__{time.time_ns()}_{os.getpid()}".replace("/", "_")
     runs = path.resolve().parents[1] if checkpoint else pathlib.Path("runs")
-    run_folders = [runs / x for x in checkpoint.get("names", map(name.format, seeds))]  # the first: checkpoints
+    folders = [runs / x for x in checkpoint.get("names", map(name.format, seeds))]  # the first: checkpoints
     tables = S * ["global_step,num_updates,return_mean,return_std,wall_time_s\n"]
     first_step, num_updates, num_added, seconds, tables = checkpoint.get("progress", (0, 0, 0, 0.0, tables))
     # TRY NOT TO MODIFY: seeding. Random numbers are functions of the seed and of the steps or updates so far
@@ -418,20 +419,19 @@ if __name__ == "__main__":
     name_of, state = jax.tree_util.keystr, agents.init(init_keys)
     state = jax.tree.map_with_path(lambda path, x: jnp.array(arrays[name_of(path)]) if checkpoint else x, state)
     if args.evaluate:
-        x = evaluate(partial(agents.act, state), args, eval_seeds, run_folders, "videos", args.num_episodes).round(1)
+        x = evaluate(partial(agents.act, state), args, eval_seeds, folders, "videos", args.num_episodes).round(1)
         sys.exit(print(f"return {x.mean(1).round(1)} +- {x.std(1).round(1)}, by seed and episode {x.tolist()}"))
     steps, start = range(first_step + args.num_envs, args.total_timesteps + 1, args.num_envs), time.time() - seconds
-    steps or sys.exit(print(f"{run_folders[0]} is finished at step {first_step}; --total-timesteps MORE goes on"))
-    file, size = run_folders[0] / "replay_buffer.bin", min(args.buffer_size, args.total_timesteps)
+    steps or sys.exit(print(f"{folders[0]} is finished at step {first_step}; --total-timesteps MORE goes on"))
+    file, size = folders[0] / "replay_buffer.bin", min(args.buffer_size, args.total_timesteps)
     shape, num_added = (size, S, 2 * obs_dim + act_dim + 2), num_added * args.checkpoint_buffer
     if num_added and not (file.exists() and file.stat().st_size >= 4 * math.prod(shape[1:]) * min(size, num_added)):
         fail(f"{file} is missing or too short; --no-checkpoint-buffer goes on without it")
     versions = {name: metadata.version(name) for name in ("jax", "optax", "gymnasium", "mujoco", "numpy", "tyro")}
     config = {"script": FORMAT.split(",")[0], **asdict(args), "resume": None, "first_seed": args.seed}
-    if args.track:
-        import_module("wandb").init(project="som", name=run_folders[0].name, config=config, sync_tensorboard=True)
+    args.track and __import__("wandb").init(project="som", name=folders[0].name, config=config, sync_tensorboard=True)
     sys.excepthook = lambda *e: fail(str(e[1]), 1) if isinstance(e[1], OSError) else sys.__excepthook__(*e)
-    for seed, folder, table in zip(seeds, run_folders, tables, strict=True):
+    for seed, folder, table in zip(seeds, folders, tables, strict=True):
         folder.mkdir(parents=True, exist_ok=bool(checkpoint))
         (folder / "config.json").write_text(json.dumps(config | {"seed": seed, "versions": versions}, indent=2))
         (folder / "evaluations.csv").write_text(table)
@@ -461,7 +461,7 @@ if __name__ == "__main__":
             writers[i // args.num_envs].add_scalar("charts/episodic_length", episode["l"][i], global_step)
         for name, x in ("action", actions), ("reward", rewards), ("observation", np.hstack([next_obs, real_next_obs])):
             for k in np.flatnonzero(~np.isfinite(x)) // x[0].size // args.num_envs:
-                fail(f"the {name} is not finite at step {global_step}, seed {seeds[k]}; see {run_folders[k]}", code=1)
+                fail(f"the {name} is not finite at step {global_step}, seed {seeds[k]}; see {folders[k]}", code=1)
         rows = np.float32(np.column_stack([obs, real_next_obs, actions, rewards, terminated])).reshape(S, -1, shape[2])
         disk[np.arange(num_added, num_added + args.num_envs) % size] = rows.swapaxes(0, 1)
         buffer, obs, num_added = agents.add(buffer, num_added, rows), next_obs, num_added + args.num_envs
@@ -474,27 +474,27 @@ if __name__ == "__main__":
                 for (tag, values), k in product(scalars.items(), range(S)):
                     writers[k].add_scalar(tag, values[k], global_step)
         if global_step % args.eval_frequency < args.num_envs or global_step == steps[-1]:
-            returns = evaluate(partial(agents.act, state), args, eval_seeds, run_folders, f"videos/{global_step}")
+            returns = evaluate(partial(agents.act, state), args, eval_seeds, folders, f"videos/{global_step}")
             for k, (mean, std) in enumerate(zip(returns.mean(axis=1), returns.std(axis=1), strict=True)):
                 tables[k] += f"{global_step},{num_updates},{mean},{std},{time.time() - start}\n"
-                (run_folders[k] / "evaluations.csv").write_text(tables[k])
+                (folders[k] / "evaluations.csv").write_text(tables[k])
                 writers[k].add_scalar("charts/eval_return", mean, global_step)
                 tqdm.write(f"step {global_step}: evaluation return {mean:.1f} +- {std:.1f}, seed {seeds[k]}")
         if stop or global_step % args.checkpoint_frequency < args.num_envs or global_step in (steps[0], steps[-1]):
             arrays = {name_of(path): x for path, x in jax.tree.leaves_with_path(jax.device_get(state))}
             for (name, x), k in product(arrays.items(), range(S)):
                 if name != ".mean_std" and not np.isfinite(x[k]).all():  # that is NaN before the first update
-                    fail(f"weight {name} is not finite at step {global_step}, seed {seeds[k]}; see {run_folders[k]}", 1)
+                    fail(f"weight {name} is not finite at step {global_step}, seed {seeds[k]}; see {folders[k]}", 1)
             done = global_step, num_updates, num_added * args.checkpoint_buffer, time.time() - start, tables
-            about = {"args": asdict(args), "names": [folder.name for folder in run_folders], "progress": done}
-            np.savez(run_folders[0] / "unfinished.npz", **{FORMAT: json.dumps(about)}, **arrays)
+            about = {"args": asdict(args), "names": [folder.name for folder in folders], "progress": done}
+            np.savez(folders[0] / "unfinished.npz", **{FORMAT: json.dumps(about)}, **arrays)
             for writer in writers:
                 writer.flush()
             getattr(os, "sync", int)()  # the replay buffer too; Windows has no such call
-            os.replace(run_folders[0] / "unfinished.npz", run_folders[0] / f"checkpoint_{global_step:010d}.npz")
-            for old in sorted(run_folders[0].glob("checkpoint_*.npz"))[:-2]:
+            os.replace(folders[0] / "unfinished.npz", folders[0] / f"checkpoint_{global_step:010d}.npz")
+            for old in sorted(folders[0].glob("checkpoint_*.npz"))[:-2]:
                 old.unlink()
-        stop and fail(f"stopped at step {global_step}; go on with --resume {run_folders[0]}", code=128 + stop[0])
-    for folder, k in zip(run_folders, range(S if args.save_model else 0), strict=False):
+        stop and fail(f"stopped at step {global_step}; go on with --resume {folders[0]}", code=128 + stop[0])
+    for folder, k in zip(folders, range(S if args.save_model else 0), strict=False):
         networks = {name: x[k] for name, x in arrays.items() if name.startswith((".acting_actor", ".critic"))}
         np.savez(folder / "model.npz", config=(folder / "config.json").read_text(), **networks)

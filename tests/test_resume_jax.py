@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from test_jax import SCRIPT, TINY, SeededEnv, pair, run_loop, scalars  # noqa: F401
 
-FORMAT = "som_continuous_action_jax.py, checkpoints of version 1"
+FORMAT = "som_continuous_action_jax.py, checkpoints of version 2"
 
 
 class PoisonedEnv(SeededEnv):
@@ -189,7 +189,7 @@ DAMAGES = {
     "pickle": rewrite(lambda arrays: arrays | {".critic[0][0]": np.array([Executed()], object)}),
     "foreign": rewrite(lambda arrays: {"weights": np.ones(3)}),
     "newer": other_format("som_continuous_action_jax.py, checkpoints of version 2"),
-    "other script": other_format("ppo_continuous_action.py, checkpoints of version 1"),
+    "other script": other_format("ppo_continuous_action.py, checkpoints of version 2"),
 }
 
 
