@@ -47,7 +47,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 Batch = namedtuple("Batch", "obs next_obs actions rewards terminated")
-FORMAT = f"{Path(__file__).name}, checkpoints of version 1"
+FORMAT = f"{Path(__file__).name}, checkpoints of version 2"
 
 
 @dataclass
@@ -80,6 +80,7 @@ class Args:
     q_lr: float = 1e-4  # learning rate of the critics
     hidden_dim: int = 256  # width of a hidden layer
     num_layers: int = 3  # hidden layers of policy and critics
+    num_frequencies: int = 8  # sines and cosines of the times in the policy, from 1 to 3 rad
     best_of_n: int = 32  # candidate actions in acting, bootstrapping and imitation (N)
     ivc_coef: float = 1.0  # weight of the instantaneous velocity constraint (lambda)
     tangent: Literal["marginal", "conditional"] = "marginal"  # du/dt along u(a_t, t, t, s), or along v
@@ -231,7 +232,7 @@ class Agent(nn.Module):
     def __init__(self, args: Args, obs_dim: int, act_dim: int, device: torch.device):
         super().__init__()
         self.args, self.act_dim, self.device, self.num_updates = args, act_dim, device, 0
-        self.actor = MeanFlowActor(obs_dim, act_dim, args.hidden_dim, args.num_layers).to(device)
+        self.actor = MeanFlowActor(obs_dim, act_dim, args.hidden_dim, args.num_layers, args.num_frequencies).to(device)
         self.acting_actor = self.actor
         self.critic = QNetwork(2, obs_dim, act_dim, 1, args.hidden_dim, args.num_layers).to(device)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
@@ -339,7 +340,7 @@ if __name__ == "__main__":
                 bad, checkpoint = f"{bad}{path} cannot be used: {error}; ", None
         bad and fail(f"{bad}the newest good one is {checkpoint and path}")
         args, run_folder = tyro.cli(Args, default=Args(**checkpoint["args"])), path.parent
-        for name in "env_id", "seed", "num_envs", "buffer_size", "hidden_dim", "num_layers", "policy_lr", "q_lr":
+        for name in "env_id seed num_envs buffer_size hidden_dim num_layers num_frequencies policy_lr q_lr".split():
             if getattr(args, name) != checkpoint["args"][name]:
                 fail(f"{path} has --{name.replace('_', '-')} {checkpoint['args'][name]}, which cannot change")
     obs_dim, act_dim = check_args(args)

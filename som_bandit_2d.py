@@ -179,8 +179,7 @@ def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q
     q_fn: (B, O), (B, K, A) -> (B, K). a_t: (B, A). mu, sigma: (B, 1). eps: (B, K, A) standard normal.
     reference: p_0 ~ exp(alpha Q) ("uniform") or p_0 ~ N(0, I) exp(alpha Q) ("prior", beyond the paper).
     q_norm: Q is divided by its std over all samples ("batch"), or by the mean over states of that of K ("state").
-    clip: Q is asked inside [-1, 1]^A only, where it was trained; outside, the gradient is zero.
-    """
+    clip: Q is asked inside [-1, 1]^A only, where it was trained; outside, the gradient is zero."""
 
     def log_sum_exp(a_t):
         # prior: the square of N(a_0; 0, I) N(a_t; mu a_0, sigma^2 I) completed

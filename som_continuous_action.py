@@ -43,7 +43,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 Batch = namedtuple("Batch", "obs next_obs actions rewards terminated")
-FORMAT = f"{Path(__file__).name}, checkpoints of version 1"
+FORMAT = f"{Path(__file__).name}, checkpoints of version 2"
 
 
 @dataclass
@@ -77,6 +77,7 @@ class Args:
     q_lr: float = 1e-4  # learning rate of the critics
     hidden_dim: int = 256  # width of a hidden layer
     num_layers: int = 3  # hidden layers of policy and critics
+    num_frequencies: int = 8  # sines and cosines of the times in the policy, from 1 to 3 rad
     critic_loss: Literal["distributional", "mse"] = "mse"  # DACER's or squared TD; # differs from the paper: DACER's
     reference: Literal["uniform", "prior"] = "uniform"  # p_0 ~ exp(alpha Q); or ~ N(0, I) exp(alpha Q), needs no w
     sde: Literal["vp", "ve"] = "vp"  # variance preserving (Eq 1), or exploding (Appendix B)
@@ -174,8 +175,7 @@ def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q
     q_fn: (B, O), (B, K, A) -> (B, K). a_t: (B, A). mu, sigma: (B, 1). eps: (B, K, A) standard normal.
     reference: p_0 ~ exp(alpha Q) ("uniform") or p_0 ~ N(0, I) exp(alpha Q) ("prior", beyond the paper).
     q_norm: Q is divided by its std over all samples ("batch"), or by the mean over states of that of K ("state").
-    clip: Q is asked inside [-1, 1]^A only, where it was trained; outside, the gradient is zero.
-    """
+    clip: Q is asked inside [-1, 1]^A only, where it was trained; outside, the gradient is zero."""
 
     def log_sum_exp(a_t):
         # prior: the square of N(a_0; 0, I) N(a_t; mu a_0, sigma^2 I) completed
@@ -289,7 +289,7 @@ class Agent(nn.Module):
     def __init__(self, args: Args, obs_dim: int, act_dim: int, device: torch.device):
         super().__init__()
         self.args, self.act_dim, self.device, self.num_updates = args, act_dim, device, 0
-        self.actor = MeanFlowActor(obs_dim, act_dim, args.hidden_dim, args.num_layers).to(device)
+        self.actor = MeanFlowActor(obs_dim, act_dim, args.hidden_dim, args.num_layers, args.num_frequencies).to(device)
         self.acting_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.critic = QNetwork(2, obs_dim, act_dim, 2, args.hidden_dim, args.num_layers).to(device)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
@@ -409,7 +409,7 @@ if __name__ == "__main__":
                 bad, checkpoint = f"{bad}{path} cannot be used: {error}; ", None
         bad and fail(f"{bad}the newest good one is {checkpoint and path}")
         args, run_folder = tyro.cli(Args, default=Args(**checkpoint["args"])), path.parent
-        for name in "env_id", "seed", "num_envs", "buffer_size", "hidden_dim", "num_layers", "policy_lr", "q_lr":
+        for name in "env_id seed num_envs buffer_size hidden_dim num_layers num_frequencies policy_lr q_lr".split():
             if getattr(args, name) != checkpoint["args"][name]:
                 fail(f"{path} has --{name.replace('_', '-')} {checkpoint['args'][name]}, which cannot change")
     obs_dim, act_dim = check_args(args)

@@ -117,8 +117,13 @@ def batches(seed):
     return somx.Batch(*(x for x, _ in columns)), som.Batch(*(y for _, y in columns))
 
 
-def test_networks():
-    actor, critic, _ = networks()
+@pytest.mark.parametrize("num_frequencies", [8, 1])
+def test_networks(num_frequencies):
+    args_x, args = both_args(num_frequencies=num_frequencies)
+    _, critic, _ = networks()
+    actor = som.Agent(args, O, A, torch.device("cpu")).actor
+    state = somx.compile_functions(args_x, O, A).init(jnp.zeros((1, 2), jnp.uint32))
+    assert [x.shape[1:] for x, _ in state.actor] == [w.shape for w in actor.weights]
     (obs, obs_t), (a, a_t), (times, times_t) = numbers(B, O, seed=1), numbers(B, N, A, seed=2), uniform(B, N, 2, seed=3)
     close(somx.q_network(to_jax(critic), obs, a), critic(obs_t, a_t))
     r, t = times[..., :1], times[..., 1:]
@@ -313,7 +318,7 @@ def pair(tmp_path_factory):
     """The variables of a finished run of two seeds."""
     folder = tmp_path_factory.mktemp("pair")
     run = run_loop(folder, *TINY, "--env-id", "Seeded-v0", "--seed", "1", "--num-seeds", "2")
-    run.run_folders = [folder / x for x in run.run_folders]
+    run.folders = [folder / x for x in run.folders]
     return run
 
 
@@ -337,11 +342,11 @@ def test_rows_logs_and_checkpoint_of_a_run(pair):
         np.testing.assert_allclose(rows[:, 7], rows[:, 3] - (2 * rows[:, 6]) ** 2, rtol=1e-4, atol=1e-5)
         assert (rows[:, 3] == 4).sum() > 30 and not rows[:, 8].any() and (np.abs(rows[:, 6]) <= 1).all()
     assert pair.num_updates == 160
-    arrays = np.load(pair.run_folders[0] / "checkpoint_0000000200.npz")  # allow_pickle is False
+    arrays = np.load(pair.folders[0] / "checkpoint_0000000200.npz")  # allow_pickle is False
     assert len(arrays.files) == 1 + len(jax.tree.leaves(pair.state))
     np.testing.assert_array_equal(arrays[".critic[0][0]"], pair.state.critic[0][0])
     assert arrays[".acting_actor[3][1]"].shape == (2, 1, 1, 1)
-    for seed, folder in zip((1, 2), pair.run_folders, strict=True):
+    for seed, folder in zip((1, 2), pair.folders, strict=True):
         config = json.loads((folder / "config.json").read_text())
         assert config["seed"] == seed and config["first_seed"] == 1 and config["script"] == SCRIPT.name
         assert "torch" not in config["versions"] and "jax" in config["versions"]

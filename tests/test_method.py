@@ -489,12 +489,13 @@ def test_critics_are_plain_networks_of_mean_and_softplus_std():
         close(std[i], (1 + out[..., 1].exp()).log())
 
 
-def test_actor_is_a_plain_network_of_action_and_times():
+@pytest.mark.parametrize("num_frequencies", [8, 1])
+def test_actor_is_a_plain_network_of_action_and_times(num_frequencies):
     torch.manual_seed(1)
     obs, a_t, times = randn(4, 5, seed=1), randn(4, 7, 3, seed=2), rand(4, 7, 2, seed=3).sort(-1).values
     r, t = times[..., :1], times[..., 1:]
-    actor = som.MeanFlowActor(5, 3, hidden_dim=16, num_layers=2).double()
-    frequencies = torch.linspace(1, 3, 8, dtype=F64)
+    actor = som.MeanFlowActor(5, 3, 16, 2, *([] if num_frequencies == 8 else [num_frequencies])).double()
+    frequencies = torch.linspace(1, 3, num_frequencies, dtype=F64)
     close(actor.frequencies, frequencies, atol=1e-6)
     actor.frequencies.copy_(frequencies)
     phases = frequencies * t, frequencies * (t - r)

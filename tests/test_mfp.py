@@ -496,7 +496,7 @@ BAD_NUMBERS = {
     "--total-timesteps": "0", "--num-envs": "-1", "--learning-starts": "-5", "--buffer-size": "0", "--batch-size": "0",
     "--updates-per-step": "0", "--policy-frequency": "0", "--gamma": "1.5", "--tau": "1.5", "--reward-scale": "0",
     "--policy-lr": "-1e-4", "--q-lr": "nan", "--hidden-dim": "0", "--num-layers": "0", "--best-of-n": "0",
-    "--checkpoint-frequency": "0", "--num-episodes": "0",
+    "--checkpoint-frequency": "0", "--num-episodes": "0", "--num-frequencies": "0",
     "--ivc-coef": "-0.1", "--zero-r-ratio": "1.1", "--noise-scale": "-1", "--eval-frequency": "0", "--seed": "-1",
 }  # fmt: skip
 

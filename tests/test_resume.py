@@ -252,7 +252,8 @@ DAMAGES = {
     "text": lambda path: path.write_text("no checkpoint\n" * 100),
     "pickle": lambda path: torch.save({"format": print}, path),
     "foreign": lambda path: torch.save({"weights": torch.ones(3)}, path),
-    "newer": change(format="som_continuous_action.py, checkpoints of version 2"),
+    "older": change(format="som_continuous_action.py, checkpoints of version 1"),
+    "newer": change(format="som_continuous_action.py, checkpoints of version 3"),
     "other script": change(format="ppo_continuous_action.py, checkpoints of version 1"),
 }
 
@@ -278,7 +279,7 @@ def test_what_cannot_change_is_refused(run_loop, finished, capsys):
     files = {path.name: path.read_bytes() for path in finished.iterdir()}
     for flag, value in {
         "--env-id": "WalkToo-v0", "--hidden-dim": "32", "--num-layers": "2", "--seed": "2", "--num-envs": "3",
-        "--buffer-size": "100", "--policy-lr": "1", "--q-lr": "1",
+        "--buffer-size": "100", "--num-frequencies": "3", "--policy-lr": "1", "--q-lr": "1",
     }.items():  # fmt: skip
         message = refused(run_loop, capsys, "--resume", str(finished), "--total-timesteps", "200", flag, value)
         assert flag in message and "cannot change" in message

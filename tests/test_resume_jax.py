@@ -45,8 +45,8 @@ gym.register("SeededToo-v0", SeededEnv, disable_env_checker=True)
 @pytest.fixture
 def finished(pair, tmp_path):  # noqa: F811
     """Folder of the first seed of a finished run of 200 steps, with checkpoints at 192 and 200, a copy."""
-    shutil.copytree(pair.run_folders[0].parent, tmp_path / "runs")
-    return tmp_path / "runs" / pair.run_folders[0].name
+    shutil.copytree(pair.folders[0].parent, tmp_path / "runs")
+    return tmp_path / "runs" / pair.folders[0].name
 
 
 def checkpoints(folder):
@@ -106,7 +106,7 @@ def test_a_resumed_run_continues_its_curves(finished, tmp_path):
     before, last = checkpoints(finished)
     last.unlink()  # as if killed after the last evaluation, before its checkpoint was there
     run = run_loop(tmp_path, "--resume", before, "--total-timesteps", "260")
-    assert run.steps[0] == 194 and [folder.samefile(x) for folder, x in zip(folders, run.run_folders, strict=True)]
+    assert run.steps[0] == 194 and [folder.samefile(x) for folder, x in zip(folders, run.folders, strict=True)]
     assert [path.stem for path in checkpoints(finished)] == ["checkpoint_0000000256", "checkpoint_0000000260"]
     assert run.num_updates == 220 and run.num_added == 260
     np.testing.assert_array_equal(run.disk.swapaxes(0, 1), run.buffer)
@@ -188,7 +188,8 @@ DAMAGES = {
     "array": lambda path: np.save(path.open("wb"), np.ones(3)),
     "pickle": rewrite(lambda arrays: arrays | {".critic[0][0]": np.array([Executed()], object)}),
     "foreign": rewrite(lambda arrays: {"weights": np.ones(3)}),
-    "newer": other_format("som_continuous_action_jax.py, checkpoints of version 2"),
+    "older": other_format("som_continuous_action_jax.py, checkpoints of version 1"),
+    "newer": other_format("som_continuous_action_jax.py, checkpoints of version 3"),
     "other script": other_format("ppo_continuous_action.py, checkpoints of version 2"),
 }
 
@@ -252,7 +253,7 @@ def test_what_cannot_change_is_refused(finished, tmp_path, capsys):
     files = contents(finished)
     for flag, value in {
         "--env-id": "SeededToo-v0", "--hidden-dim": "32", "--num-layers": "2", "--seed": "2", "--num-seeds": "1",
-        "--num-envs": "3", "--buffer-size": "100",
+        "--num-envs": "3", "--buffer-size": "100", "--num-frequencies": "3",
     }.items():  # fmt: skip
         message = refused(capsys, tmp_path, "--resume", finished, "--total-timesteps", "260", flag, value)
         assert flag in message and "cannot change" in message

@@ -248,7 +248,7 @@ BAD_NUMBERS = {
     "--updates-per-step": "0", "--policy-frequency": "0", "--gamma": "1.5", "--tau": "1.5", "--reward-scale": "0",
     "--policy-lr": "-1e-4", "--q-lr": "nan", "--hidden-dim": "0", "--num-layers": "0", "--num-mc-samples": "1",
     "--best-of-n": "0", "--inverse-temperature": "inf", "--score-scale": "0", "--beta-min": "3", "--beta-max": "-1",
-    "--checkpoint-frequency": "0", "--num-episodes": "0",
+    "--checkpoint-frequency": "0", "--num-episodes": "0", "--num-frequencies": "0",
     "--zero-r-ratio": "1.1", "--noise-scale": "0", "--initial-lambda": "0",
     "--alpha-lr": "0", "--alpha-delay": "0", "--target-entropy": "nan", "--eval-frequency": "0", "--seed": "-1",
 }  # fmt: skip
