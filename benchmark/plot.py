@@ -217,7 +217,7 @@ def thousands(step, _=None):
 def draw_curves(plt, curves, env_ids, aggregates, path):
     styles, with_aggregate = styles_of(curves), len(env_ids) > 1 and any("curve" in a for a in aggregates.values())
     titles = env_ids + ["normalised, mean over environments"] * with_aggregate
-    columns = min(3, len(titles))
+    columns = 2 if len(titles) == 4 else min(3, len(titles))
     rows = math.ceil(len(titles) / columns)
     size = (max(5.5, 3.7 * columns), 2.9 * rows + 0.25 * math.ceil(len(curves) / 4) + 0.2)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
@@ -248,8 +248,8 @@ def draw_curves(plt, curves, env_ids, aggregates, path):
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(titles) :]:
         axis.set_visible(False)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("return of an evaluation")
+    for axis, title in zip(axes[:, 0], titles[::columns], strict=True):
+        axis.set_ylabel("return of an evaluation" if title in env_ids else "normalised return")
     for column in range(columns):
         lowest = [axis for axis in axes[:, column] if axis.get_visible()][-1]
         lowest.set_xlabel("environment steps")
