@@ -48,8 +48,11 @@ def tags_of(path):
 
 
 def rows_of_results():
-    with (ROOT / "benchmark/results/small_setting.csv").open() as file:
-        return {row["setting"] for row in csv.DictReader(file)}
+    names = set()
+    for table in "small_setting.csv", "grid.csv":
+        with (ROOT / "benchmark/results" / table).open() as file:
+            names |= {row["setting"] for row in csv.DictReader(file)}
+    return names
 
 
 def flags_of(paths):
