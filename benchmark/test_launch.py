@@ -46,7 +46,6 @@ else:
 config = vars(args) | {"script": "fake.py", "versions": {"threads": os.environ["OMP_NUM_THREADS"]}}
 (run / "config.json").write_text(json.dumps(config))
 workers.append(os.getpid())
-print("training", "resumed" if len(workers) > 1 else "begun", flush=True)
 
 def checkpoint():
     (run / f"checkpoint_{step}.pt").write_text(json.dumps([step, workers]))
@@ -58,6 +57,7 @@ def stop(number, _):
 
 signal.signal(signal.SIGTERM, stop)
 signal.signal(signal.SIGINT, stop)
+print("training", "resumed" if len(workers) > 1 else "begun", flush=True)  # from here on a signal is handled
 total = args.total_timesteps - args.total_timesteps % args.num_envs
 while step < total:
     time.sleep(args.pause)
