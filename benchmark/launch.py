@@ -379,6 +379,7 @@ def launch(jobs, args):
         options |= {"address": "local", "num_cpus": args.num_cpus, "include_dashboard": False}
     else:
         options["address"] = args.address
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # workers that inherit it ignored (&) feel no cancellation
     try:
         ray.init(**options)
     except (ConnectionError, ValueError, RuntimeError) as error:
