@@ -5,7 +5,6 @@
 A run that is already in --out is not repeated. Cells hold the seeds in order; shares are of 2,000 one-step actions.
 """
 
-import csv
 import dataclasses
 import json
 import pathlib
@@ -13,6 +12,7 @@ import shlex
 import subprocess
 import sys
 
+import collect
 import tyro
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -78,11 +78,7 @@ def main(args):
                 command = [sys.executable, ROOT / "som_bandit_2d.py", "--seed", str(seed), *shlex.split(flags)]
                 subprocess.run(command, cwd=folder, check=True)
         rows += rows_of(flags, [result_of(args, flags, seed) for seed in args.seeds])
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
-        with args.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        collect.write(args.csv, rows)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 Of a run of the JAX script with several seeds give the first seed's folder; a cell holds the returns of all its seeds.
 """
 
-import csv
 import dataclasses
 import json
 import pathlib
@@ -13,6 +12,7 @@ import re
 import subprocess
 import sys
 
+import collect
 import tyro
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -39,24 +39,22 @@ def evaluate(run, script, n):
 
 
 def main(args):
-    rows = []
+    rows, configs = [], []
     for run in args.runs:
         try:
-            config = json.loads((run / "config.json").read_text())
+            configs.append(json.loads((run / "config.json").read_text()))
         except (OSError, ValueError) as error:
-            print(f"error: {run} is not the folder of a run: {error}", file=sys.stderr)
-            sys.exit(2)
+            collect.fail(f"{run} is not the folder of a run: {error}")
+    if not (args.runs and args.best_of_n):
+        collect.fail("--runs and --best-of-n need at least one value each")
+    for run, config in zip(args.runs, configs, strict=True):
         row = {"env_id": config["env_id"], "script": config["script"], "setting": config["exp_name"]}
         row |= {"first_seed": config["seed"], "steps": config["total_timesteps"], "trained with": config["best_of_n"]}
         for n in args.best_of_n:
             row[f"N = {n}"] = " ".join(f"{float(x):.0f}" for x in evaluate(run, config["script"], n))
         rows.append(row)
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-    args.csv.parent.mkdir(parents=True, exist_ok=True)
-    with args.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    collect.write(args.csv, rows)
 
 
 if __name__ == "__main__":

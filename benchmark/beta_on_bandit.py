@@ -5,7 +5,6 @@
 No network is involved: what is measured is the field that the policy would be trained on, with the true reward as Q.
 """
 
-import csv
 import dataclasses
 import math
 import pathlib
@@ -15,6 +14,8 @@ import torch
 import tyro
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+import collect
+
 import som_continuous_action as som
 
 ANGLES = torch.arange(8) * math.pi / 4
@@ -84,11 +85,7 @@ def main(args):
         row["std"] = round(a.std().item(), 2)
         rows.append(row)
         print(row)
-    args.csv.parent.mkdir(parents=True, exist_ok=True)
-    with args.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    collect.write(args.csv, rows)
 
 
 if __name__ == "__main__":

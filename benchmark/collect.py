@@ -168,6 +168,15 @@ def markdown(path):
     return "\n".join(lines)
 
 
+def write(path, rows, columns=None):
+    """Rows, dictionaries, as a CSV file in a folder that need not exist; columns: all of the first row's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns or rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def with_table(text, path, table):
     """A page's text with the table between its two comments; None where it has no place for it."""
     pattern = rf"(<!-- {re.escape(path.name)} -->\n)(?:(?!<!-- ).*\n)*(<!-- end -->)"
@@ -184,11 +193,7 @@ if __name__ == "__main__":
             collected = {run_of(row) for row in rows}
             rows += [row for row in read(args.csv) if run_of(row) not in collected]
         rows.sort(key=run_of)
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
-        with args.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+        write(args.csv, rows, COLUMNS)
     elif not args.csv.is_file():
         fail(f"{args.csv} is missing; --runs makes it")
     table = markdown(args.csv)

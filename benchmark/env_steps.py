@@ -6,7 +6,6 @@ Each script is run twice, for a short and a longer time: in the difference of th
 the evaluation at the end cancel out. What counts are the ratios: rounds take the scripts in turn.
 """
 
-import csv
 import dataclasses
 import os
 import pathlib
@@ -17,6 +16,7 @@ import sys
 import tempfile
 from typing import Literal
 
+import collect
 import tyro
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -88,11 +88,7 @@ def main(args):
             rows.append(row)
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     if args.csv:
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
-        with args.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        collect.write(args.csv, rows)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 All timings of a row are taken in turn within one run, so that they share the machine; what counts is their ratio.
 """
 
-import csv
 import dataclasses
 import pathlib
 import platform
@@ -21,6 +20,8 @@ import torch
 import tyro
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+import collect
+
 import som_continuous_action as som
 import som_continuous_action_jax as som_jax
 
@@ -183,8 +184,4 @@ if __name__ == "__main__":
         rows.append(measure(name, {"paper": PAPER, "small": SMALL}[name], options))
         print("\n".join(f"{key:44} {value}" for key, value in rows[-1].items()), end="\n\n", flush=True)
     if options.csv:
-        options.csv.parent.mkdir(parents=True, exist_ok=True)
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        collect.write(options.csv, rows)

@@ -48,6 +48,9 @@ def test_what_is_not_a_run_is_told(runs, tmp_path, capsys):
         best_of_n.main(args)
     message = capsys.readouterr().err
     assert stop.value.code == 2 and "not the folder of a run" in message and len(message.splitlines()) == 1
+    with pytest.raises(SystemExit) as stop:
+        best_of_n.main(best_of_n.BestOfNArgs(runs=(), csv=tmp_path / "table.csv"))
+    assert stop.value.code == 2 and "--runs" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:  # the script's own message
         best_of_n.main(best_of_n.BestOfNArgs(runs=tuple(runs), csv=tmp_path / "table.csv", best_of_n=(0,)))
     assert stop.value.code == 2 and "--best-of-n must be in" in capsys.readouterr().err

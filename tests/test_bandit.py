@@ -443,6 +443,7 @@ def test_bad_input_of_the_real_script_writes_nothing(tmp_path, capsys, flags):
 
 
 # The numbers to reach: three seeds
+sys.path.insert(0, str(ROOT / "benchmark"))
 spec = importlib.util.spec_from_file_location("bandit_benchmark", ROOT / "benchmark" / "bandit.py")
 benchmark = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(benchmark)
