@@ -346,7 +346,7 @@ def evaluate(agent: Agent, seed: int, video_folder: str | None = None, num_episo
     thunks = [partial(make_env, agent.args.env_id, None if i else video_folder) for i in range(num_episodes)]
     envs = gym.vector.SyncVectorEnv(thunks, autoreset_mode="SameStep")
     returns, running = np.zeros(num_episodes), np.ones(num_episodes, bool)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([0] if agent.args.cuda else []):
         torch.manual_seed(seed)
         obs, _ = envs.reset(seed=seed)
         while running.any():
@@ -433,7 +433,7 @@ if __name__ == "__main__":
     envs = gym.vector.SyncVectorEnv(args.num_envs * [partial(make_env, args.env_id)], autoreset_mode="SameStep")
     file, num_added = (f"{run_folder}/replay_buffer.bin", num_added) if args.checkpoint_buffer else ("", 0)
     rb = ReplayBuffer(min(args.buffer_size, args.total_timesteps), obs_dim, act_dim, device, file, num_added)
-    rng.set_state(checkpoint.get("generator", rng.get_state()))
+    rng.set_state(checkpoint["generator"] if checkpoint.get("args", {}).get("cuda") == args.cuda else rng.get_state())
     versions = {package: metadata.version(package) for package in ("torch", "gymnasium", "mujoco", "numpy", "tyro")}
     config = {"script": FORMAT.split(",")[0], **asdict(args), "resume": None, "versions": versions}
     (run_folder / "config.json").write_text(json.dumps(config, indent=2))

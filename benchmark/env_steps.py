@@ -17,6 +17,7 @@ import tempfile
 from typing import Literal
 
 import collect
+import torch
 import tyro
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -78,9 +79,10 @@ def main(args):
                 times = [seconds_of(script, size_flags + flags, total) for total in (SHORT, SHORT + longer)]
                 seconds[name].append(times[1] - times[0])
         threads = os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))
+        hardware = torch.cuda.get_device_name() if args.cuda else f"{platform.machine()}, {threads} threads"
         for name, (*_, num_seeds) in runs.items():
             ratios = [one / own for one, own in zip(seconds["JAX"], seconds[name], strict=True)]
-            row = {"sizes": sizes, "env_id": args.env_id, "hardware": f"{platform.machine()}, {threads} threads"}
+            row = {"sizes": sizes, "env_id": args.env_id, "hardware": hardware}
             row |= {"run": name, "seconds": round(statistics.median(seconds[name]), 2)}
             row["env steps/s of each agent"] = round(longer / statistics.median(seconds[name]), 1)
             row["env steps/s in all"] = round(num_seeds * longer / statistics.median(seconds[name]), 1)

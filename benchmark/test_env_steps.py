@@ -25,6 +25,10 @@ def test_a_table_of_short_runs(tmp_path, monkeypatch, capsys):
     assert [row["env steps/s in all"] for row in rows.values()] == ["1.2", "2.5", "5.0", "10.0"]
     assert [row["in all / JAX"] for row in rows.values()] == ["0.25", "0.5", "1.0", "2.0"]
     assert rows["JAX, 5 seeds"]["env steps/s of each agent"] == "2.0"
+    assert "threads" in rows["JAX"]["hardware"]
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "GPU 1")
+    env_steps.main(env_steps.EnvStepsArgs(sizes=("small",), cuda=True))
+    assert "hardware GPU 1  run JAX" in capsys.readouterr().out
 
 
 def test_time_of_a_real_run_and_of_one_that_fails():

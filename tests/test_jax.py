@@ -35,6 +35,7 @@ import numpy as np
 import pytest
 import test_script
 import torch
+from jax import export
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
 import som_continuous_action as som
@@ -369,6 +370,26 @@ def test_actions_are_random_until_learning_starts(pair):
 
 def test_every_function_is_compiled_once(pair):
     assert pair.agents.update._cache_size() == pair.agents.explore._cache_size() == pair.agents.add._cache_size() == 1
+
+
+def test_the_program_for_a_gpu_has_no_more_operations_for_more_seeds():
+    """Lowered for CUDA, which needs no GPU: seeds share every product, the loop and the branch that is not taken."""
+    args = somx.Args(hidden_dim=16, batch_size=8, updates_per_step=2, policy_frequency=2)
+    agents, counts = somx.compile_functions(args, O, A), []
+    for S in 1, 5:
+        keys, rows = somx.make_keys(np.arange(S)), jax.ShapeDtypeStruct((S, N, 2 * O + A + 2), np.float32)
+        state, buffer = agents.init(keys), jax.ShapeDtypeStruct((S, 100, 2 * O + A + 2), np.float32)
+        calls = {
+            agents.update: (state, buffer, 100, 0, keys),
+            agents.explore: (state, jax.ShapeDtypeStruct((S, N, O), np.float32), keys, 0),
+            agents.add: (buffer, 0, rows),
+        }
+        texts = [export.export(f, platforms=["cuda"])(*inputs).mlir_module() for f, inputs in calls.items()]
+        names = "dot_general", "while", "case", "scatter"
+        counts.append([[text.count(f"stablehlo.{name}") for name in names] for text in texts])
+    assert counts[0] == counts[1]
+    (products, loops, branches, _), (acting, *_), _ = counts[0]
+    assert products > acting > 0 and loops == branches == 1
 
 
 def message_of(script, capsys, **changes):

@@ -20,6 +20,7 @@ import typing
 
 import numpy as np
 import pytest
+import test_script
 import torch
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -369,6 +370,11 @@ def definitions(path):
     text = path.read_text()
     kinds = ast.FunctionDef, ast.ClassDef
     return {n.name: ast.get_source_segment(text, n) for n in ast.parse(text).body if isinstance(n, kinds)}
+
+
+@pytest.mark.parametrize("tangent", TANGENTS)
+def test_everything_is_computed_on_the_training_device(tangent):
+    test_script.check_devices(mfp, tangent=tangent)
 
 
 def test_shared_functions_are_equal_to_the_letter():

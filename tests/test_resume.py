@@ -211,6 +211,18 @@ def test_a_resumed_run_sees_the_episodes_that_come_next(run_loop, finished):
     assert again[0] != again[1] and not {tuple(x) for x in again} & {tuple(x) for x in firsts}
 
 
+def test_a_run_moves_between_devices(run_loop, finished, capsys):
+    """The state of a GPU's generator, of 16 bytes, is of no use on the CPU: random numbers begin anew."""
+    path = sorted(finished.glob("checkpoint_*.pt"))[-1]
+    checkpoint = torch.load(path, weights_only=True)
+    torch.save(checkpoint | {"args": checkpoint["args"] | {"cuda": True}, "generator": torch.zeros(16).byte()}, path)
+    if not torch.cuda.is_available():
+        assert "use --no-cuda" in refused(run_loop, capsys, "--resume", str(finished), *MORE)
+    run = run_loop("--resume", str(finished), "--no-cuda", *MORE)
+    assert run.first_step == 120 and run.global_step == 200
+    assert not torch.load(checkpoints(finished)[-1], weights_only=True)["args"]["cuda"]
+
+
 def test_evaluate_prints_the_returns_and_changes_nothing(run_loop, finished, capsys):
     before = {path.name: path.read_bytes() for path in finished.iterdir()}
     printed = []

@@ -175,6 +175,39 @@ def test_evaluation_leaves_the_training_stream_alone(monkeypatch, tmp_path, runs
     torch.testing.assert_close(stored(often.rb).actions, stored(seldom.rb).actions, rtol=0, atol=0)
 
 
+def test_evaluation_on_the_cpu_asks_for_no_gpu(monkeypatch, runs):
+    """fork_rng without devices starts CUDA on every GPU of the machine."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_rng_state", lambda device: pytest.fail(f"it has started CUDA on {device}"))
+    run = runs[0]["Truncates-v0"]
+    assert som.evaluate(run.agent, run.eval_seed, num_episodes=2).tolist() == [10, 10]  # 1 + 2 + 3 + 4
+
+
+# of shapes without values: to read a value or to mix it with another device (but for an index) is an error
+META = torch.device("meta")
+
+
+def check_devices(script, **changes):
+    """All that the learner computes is on the training device, and nothing waits for a value."""
+    sizes = {"hidden_dim": 16, "best_of_n": 3, "batch_size": 8, "cuda": False, "compile": False}
+    agent = script.Agent(args := script.Args(**(sizes | changes)), 3, 2, META)
+    for group in agent.optimizer.param_groups:
+        group["fused"] = False  # the fused one does not know this device
+    rb = script.ReplayBuffer(20, 3, 2, META)
+    for _ in range(3):  # around the ring's end
+        rb.add(np.zeros((8, 3)), np.zeros((8, 3)), np.zeros((8, 2)), np.zeros(8), np.zeros(8))
+    actions, candidates = agent.act(torch.zeros(5, 3, device=META), explore=True)
+    info = [agent.update(rb.sample(args.batch_size)) for _ in range(2)][-1]
+    assert "losses/actor_loss" in info and "losses/qf_loss" in info
+    assert {x.device.type for x in (actions, candidates, *info.values(), *agent.state_dict().values())} == {"meta"}
+
+
+@pytest.mark.parametrize("reference", ["uniform", "prior"])
+@pytest.mark.parametrize("critic_loss", ["mse", "distributional"])
+def test_everything_is_computed_on_the_training_device(reference, critic_loss):
+    check_devices(som, reference=reference, critic_loss=critic_loss, num_mc_samples=4, alpha_delay=1)
+
+
 def test_same_seed_same_run_and_other_seed_another(monkeypatch, tmp_path, runs):
     others = [run_loop(monkeypatch, tmp_path, "--env-id", "Truncates-v0", "--seed", seed) for seed in ("1", "2")]
     runs = runs[0]["Truncates-v0"], *others
