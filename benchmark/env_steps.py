@@ -49,8 +49,9 @@ def seconds_of(script, flags, total):
     """Wall time of a run, as the script says it with its last evaluation; of several seeds the last one's."""
     command = [sys.executable, str(ROOT / script), "--learning-starts", "500", *flags]
     command += ["--total-timesteps", str(total), "--eval-frequency", str(total)]
+    env = os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "float32"}  # as in PyTorch; JAX's own choice on a GPU is TF32
     with tempfile.TemporaryDirectory() as folder:
-        result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
         if result.returncode:
             sys.exit(f"error: {' '.join(command)} ended with {result.returncode}: {result.stderr[-500:]}")
         tables = [path.read_text().splitlines() for path in pathlib.Path(folder).glob("runs/*/evaluations.csv")]

@@ -179,6 +179,9 @@ if __name__ == "__main__":
     options = tyro.cli(BenchmarkArgs)
     if not options.cuda:
         jax.config.update("jax_platforms", "cpu")
+    elif not torch.cuda.is_available() or jax.default_backend() != "gpu":
+        collect.fail("--cuda: PyTorch and JAX do not both find a GPU here, use --no-cuda")
+    jax.config.update("jax_default_matmul_precision", "float32")  # as in PyTorch; JAX's own choice on a GPU is TF32
     rows = []
     for name in options.sizes:
         rows.append(measure(name, {"paper": PAPER, "small": SMALL}[name], options))
