@@ -61,7 +61,7 @@ def flags_of(paths):
 
 
 def test_the_tests_see_the_page():
-    assert len(spans) > 80 and len(fences) == 3
+    assert len(spans) > 80 and len(fences) == 4
     assert tags_of(SCRIPTS[0]) >= {"losses/actor_loss_t3", "charts/SPS", "score/norm"}
 
 
