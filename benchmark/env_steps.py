@@ -27,6 +27,7 @@ SIZES = {
     "small": ("--num-envs 4 --hidden-dim 64 --num-mc-samples 8 --best-of-n 4 --batch-size 128".split(), 6_000),
 }
 SHORT = 600  # steps of the short run
+GPU_STEPS = 20_000  # by which the longer run is longer on a GPU, where fewer would be lost in the noise of starting
 
 
 @dataclasses.dataclass
@@ -59,6 +60,8 @@ def seconds_of(script, flags, total):
 
 
 def main(args):
+    if args.cuda and not torch.cuda.is_available():
+        collect.fail("--cuda: PyTorch finds no GPU here")
     device = ["--cuda"] if args.cuda else ["--no-cuda"]
     jax_device = ["--platform", "gpu" if args.cuda else "cpu"]
     torch_script, jax_script = "som_continuous_action.py", "som_continuous_action_jax.py"
@@ -71,6 +74,7 @@ def main(args):
     rows = []
     for sizes in args.sizes:
         size_flags, longer = SIZES[sizes]
+        longer = GPU_STEPS if args.cuda else longer
         size_flags = ["--env-id", args.env_id, *size_flags]
         for script, flags, _ in runs.values():  # what has been compiled is found again by the runs that count
             seconds_of(script, size_flags + flags, SHORT)

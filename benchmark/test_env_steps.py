@@ -26,9 +26,11 @@ def test_a_table_of_short_runs(tmp_path, monkeypatch, capsys):
     assert [row["in all / JAX"] for row in rows.values()] == ["0.25", "0.5", "1.0", "2.0"]
     assert rows["JAX, 5 seeds"]["env steps/s of each agent"] == "2.0"
     assert "threads" in rows["JAX"]["hardware"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "GPU 1")
     env_steps.main(env_steps.EnvStepsArgs(sizes=("small",), cuda=True))
-    assert "hardware GPU 1  run JAX" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "hardware GPU 1  run JAX" in out and "seconds 4000.0" in out  # 2 s for 10 of the 20,000 steps
 
 
 def test_time_of_a_real_run_and_of_one_that_fails():

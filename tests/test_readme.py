@@ -30,11 +30,12 @@ def test_returns_in_the_text_are_those_of_the_table():
     for name in "grid.csv", "paper_rates.csv":
         table += collect.markdown(ROOT / "benchmark/results" / name)
     sections = (1, "Deviations from the paper", "##", 10), (1, "SOM, MFP and SAC", "##", 1), (0, "Results", "###", 4)
-    sections += ((1, "The default learning rates and temperature", "##", 10),)
+    sections += ((1, "The default learning rates and temperature", "##", 8),)
     for page, title, end, fewest in sections:
         section = re.search(rf"## {title}\n(.*?)\n{end} ", PAGES[page], re.DOTALL)[1]
-        returns = re.findall(r"\d,\d{3}", section)
-        assert len(returns) > fewest and all(value in table for value in returns)
+        numbers, known = (re.findall(r"\d[\d,]*\d", text) for text in (section, table))  # whole: 1,000 is not 1,000,000
+        returns = [number for number in numbers if re.fullmatch(r"\d,\d{3}", number)]
+        assert len(returns) > fewest and set(returns) <= set(known)
 
 
 def test_readme_is_short():
