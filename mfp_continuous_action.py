@@ -3,35 +3,38 @@
 # dependencies = ["torch>=2.6", "gymnasium[mujoco]>=1.4,<1.5", "mujoco>=3.3,<3.5", "numpy>=2", "tyro>=1,<2",
 #   "tensorboard>=2.18", "tqdm>=4.66"]
 # ///
-"""MFP, the mean flow policy with an instantaneous velocity constraint (https://arxiv.org/abs/2602.13810), in one file.
+"""MFP, mean flow policy with instantaneous velocity constraint (https://arxiv.org/abs/2602.13810), in one file.
 
-Run it: python mfp_continuous_action.py --env-id Walker2d-v4
-The policy turns noise into an action with ONE network evaluation; it imitates the best of N actions of its own:
+Run it: python mfp_continuous_action.py --env-id Walker2d-v4 (in minutes on a laptop: add --preset laptop)
+The policy turns noise into an action with ONE network evaluation. It imitates the best of its own actions:
 
-    act       a = argmax_i min(Q1, Q2)(s, a_i), where a_i = clip(eps_i - u(eps_i, 0, 1, s)), i = 1..N
-    critic    y = r + gamma (1 - terminated) min(Q1', Q2')(s', a'), where a' is chosen in the same way
-    best      a* = stopgrad(a), chosen afresh in the states s of the replay buffer: no gradient of Q enters the policy
+    act       a = argmax_i min Q(s, a_i), where a_i = clip(eps_i - u(eps_i, 0, 1, s)), i = 1..N
+    critic    y = r + gamma (1 - terminated) min Q'(s', a'), a' as in act, Q' the target networks
+    best      a* = stopgrad(a), chosen afresh in the states s of the replay buffer: no gradient of Q
     path      a_t = (1 - t) a* + t eps, v = eps - a*
     mean flow L_MF = ||u(a_t, r, t, s) - stopgrad(v - (t - r) du/dt)||^2, by one Jacobian-vector product
-    actor     L_MF + lambda L_IVC, where L_IVC = ||u(a_t, t, t, s) - v||^2 is the instantaneous velocity constraint
+    actor     L_MF + lambda L_IVC, with the constraint L_IVC = ||u(a_t, t, t, s) - v||^2
 
-Conventions: t = 1 is noise, t = 0 is the action, 0 <= r <= t <= 1, as in SOM. The paper's time runs the other way, and
-its printed r < t does not fit its own sampling: one step from the noise, there at time 0, needs the opposite order.
-Inside the learner actions live in [-1, 1]^A; the environment is rescaled at its edge. The paper also says MVP for MFP.
-Shapes: B states, A action coordinates; networks take N actions in each state, (B, N, A); twins come first, (2, B, N).
+Conventions: t = 1 is noise, t = 0 is the action, 0 <= r <= t <= 1, as in SOM. The paper's time runs
+the other way, and its printed r < t does not fit its own sampling: one step from the noise, there at
+time 0, needs the opposite order. It also says MVP for MFP. Inside the learner actions live in [-1, 1]^A.
+Shapes: B states, N actions in each of them, A coordinates: (B, N, A). Twins come first: (2, B, N).
 """
 
+import atexit
+import contextlib
 import copy
 import io
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
 import zipfile
 from collections import namedtuple
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata, util
 from itertools import pairwise
@@ -42,390 +45,865 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+CHECKPOINT_FORMAT = "mfp_continuous_action.py, checkpoints of version 3"
 Batch = namedtuple("Batch", "obs next_obs actions rewards terminated")
-FORMAT = f"{Path(__file__).name}, checkpoints of version 2"
 
 
 @dataclass
 class Args:
     exp_name: str = "mfp_continuous_action"  # name of the experiment, a part of the run's folder
     seed: int = 1  # seed of networks, noise, environments and evaluation
-    cuda: bool = torch.cuda.is_available()  # train on the GPU (default: where there is one)
-    compile: bool = torch.cuda.is_available()  # compile acting and losses, on a GPU with CUDA graphs (default: there)
+    preset: Literal["laptop"] | None = None  # small networks, a short run; flags beside it count
+    device: Literal["auto", "cpu", "gpu"] = "auto"  # where to train; auto: on a GPU if there is one
+    compile: bool = torch.cuda.is_available()  # compile acting and losses (default: on a GPU)
+    matmul_precision: Literal["high", "highest"] = "high"  # of products on a GPU: TF32 or float32
     track: bool = False  # also log to Weights and Biases
     capture_video: bool = False  # record one episode of every evaluation in the run's folder
     save_model: bool = False  # write actor, critic and configuration to model.pt at the end
-    checkpoint_frequency: int = 50_000  # environment steps between checkpoints; also at both ends, SIGINT and SIGTERM
-    checkpoint_buffer: bool = True  # keep the replay buffer too; else a resumed run collects learning_starts anew
-    resume: str | None = None  # folder of a run (or a checkpoint in it) to go on with, in fresh episodes
-    evaluate: str | None = None  # folder of a run (or a checkpoint in it) to evaluate instead of training
+    checkpoint_frequency: int = 50_000  # environment steps between checkpoints
+    checkpoint_buffer: bool = True  # keep the replay buffer; else --resume fills a new one
+    resume: str | None = None  # folder of a run, or a checkpoint, to go on with
+    evaluate: str | None = None  # folder of a run, or a checkpoint, to evaluate
     num_episodes: int = 10  # episodes of an evaluation
     # Algorithm specific arguments
-    env_id: str = "Walker2d-v4"  # Gymnasium id: flat observations, a bounded continuous action box
+    env_id: str = "Walker2d-v4"  # Gymnasium id; flat observations, bounded continuous actions
     total_timesteps: int = 5_000_000  # environment steps, over all environments
     num_envs: int = 5  # environments stepped together
-    learning_starts: int = 30_000  # environment steps with uniform random actions, before learning
+    learning_starts: int = 30_000  # environment steps with random actions, before learning
     buffer_size: int = 1_000_000  # transitions in the replay buffer
     batch_size: int = 256  # transitions in an update (B)
     updates_per_step: int = 1  # critic updates per step of all environments
-    policy_frequency: int = 1  # critic updates per policy and target update; # differs from the paper: 2
+    policy_frequency: int = 1  # critic updates per policy update  # differs from the paper: 2
     gamma: float = 0.99  # discount factor
-    tau: float = 0.005  # rate of the target networks' moving average
+    tau: float = 0.005  # rate of the moving averages of the critics, per policy update
     reward_scale: float = 0.2  # factor on the reward
     policy_lr: float = 1e-4  # learning rate of the policy
     q_lr: float = 1e-4  # learning rate of the critics
     hidden_dim: int = 256  # width of a hidden layer
     num_layers: int = 3  # hidden layers of policy and critics
-    num_frequencies: int = 8  # sines and cosines of the times in the policy, from 1 to 3 rad
+    num_frequencies: int = 8  # sines and cosines of the times, from 1 to 3 rad
     best_of_n: int = 32  # candidate actions in acting, bootstrapping and imitation (N)
     ivc_coef: float = 1.0  # weight of the instantaneous velocity constraint (lambda)
-    tangent: Literal["marginal", "conditional"] = "marginal"  # du/dt along u(a_t, t, t, s), or along v
-    zero_r_ratio: float = 0.0  # share of the batch with r = 0, as in one-step acting
-    noise_scale: float = 0.0  # std of exploration noise; the method has none, it explores by its candidates' spread
-    eval_frequency: int = 20_000  # environment steps between evaluations; the last one is at the end
+    tangent: Literal["marginal", "conditional"] = "marginal"  # du/dt along u(a_t, t, t, s) or v
+    zero_r_ratio: float = 0.0  # share of r = 0, as in acting
+    noise_scale: float = 0.0  # std of the exploration noise; the paper has none
+    eval_frequency: int = 100_000  # environment steps between evaluations; the last is at the end
 
 
-def make_env(env_id: str, video_folder: str | None = None) -> gym.Env:
-    env = gym.make(env_id, **{"render_mode": "rgb_array"} if video_folder else {})
-    if video_folder:
+LAPTOP = {"total_timesteps": 200_000, "learning_starts": 5_000, "eval_frequency": 20_000}
+LAPTOP |= {"hidden_dim": 64, "batch_size": 128, "policy_lr": 1e-3, "q_lr": 1e-3, "num_envs": 4}
+LAPTOP |= {"best_of_n": 16, "noise_scale": 0.1}
+
+
+def make_env(env_id, video_folder=None):
+    if video_folder is None:
+        env = gym.make(env_id)
+    else:
+        env = gym.make(env_id, render_mode="rgb_array")
         env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: episode == 0)
-    # RescaleAction does not clip by itself, and control costs are computed from the unclipped action
-    return gym.wrappers.ClipAction(gym.wrappers.RescaleAction(gym.wrappers.RecordEpisodeStatistics(env), -1.0, 1.0))
+    # some environments have an info["episode"] of their own
+    env = gym.wrappers.RecordEpisodeStatistics(env, stats_key="episode_statistics")
+    # np.array copies: some environments return their state itself, and change it in the next step
+    return gym.wrappers.TransformObservation(env, np.array, env.observation_space)
+
+
+def make_training_env(env_id):
+    """The environment with actions in [-1, 1]^A."""
+    env = make_env(env_id)
+    box = env.action_space
+    unit_box = gym.spaces.Box(-1, 1, box.shape)
+    return gym.wrappers.TransformAction(env, partial(to_box, box=box), unit_box)
+
+
+def to_box(actions, box):
+    """Actions in [-1, 1]^A as actions of an environment, never outside its box, of its dtype."""
+    low = box.low.astype(np.float64)
+    high = box.high.astype(np.float64)
+    scaled = low + (high - low) * (np.clip(actions, -1, 1) + 1) / 2
+    return np.clip(scaled, low, high).astype(box.dtype)
 
 
 # ALGO LOGIC: initialize agent here
 class EnsembleMLP(nn.Module):
-    """GELU networks in one batched product: B states (B, O), N inputs for each (B, N, D) -> (size, B, N, out)."""
+    """GELU networks evaluated together: obs (B, O), N inputs (B, N, D) -> (size, B, N, out).
 
-    def __init__(self, size: int, obs_dim: int, in_dim: int, out_dim: int, hidden_dim: int, num_layers: int):
+    The first layer's product with the state is computed once per state and shared by its N inputs.
+    """
+
+    def __init__(self, size, obs_dim, in_dim, out_dim, hidden_dim, num_layers):
         super().__init__()
-        dims = [obs_dim + in_dim, *num_layers * [hidden_dim], out_dim]  # weights (size, in, out), biases (size, 1, out)
-        init = [(torch.empty(size, i + 1, o).uniform_(-1, 1) / i**0.5).split([i, 1], 1) for i, o in pairwise(dims)]
-        self.weights, self.biases = (nn.ParameterList(x.clone() for x in xs) for xs in zip(*init, strict=True))
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
+        widths = [obs_dim + in_dim] + num_layers * [hidden_dim] + [out_dim]
+        for fan_in, fan_out in pairwise(widths):
+            bound = fan_in**-0.5  # as in nn.Linear
+            self.weights.append(torch.empty(size, fan_in, fan_out).uniform_(-bound, bound))
+            self.biases.append(torch.empty(size, 1, fan_out).uniform_(-bound, bound))
 
-    def forward(self, obs: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        w_obs, w_x = self.weights[0].split([obs.shape[1], x.shape[2]], dim=1)
-        h_obs = torch.baddbmm(self.biases[0], obs.expand(len(w_obs), -1, -1), w_obs)  # (size, B, H), once for N inputs
-        h = (h_obs.unsqueeze(2) + (x.flatten(0, 1) @ w_x).unflatten(1, x.shape[:2])).flatten(1, 2)  # (size, B * N, H)
-        for w, b in list(zip(self.weights, self.biases, strict=True))[1:]:
-            h = torch.baddbmm(b, nn.functional.gelu(h), w)
-        return h.unflatten(1, x.shape[:2])
+    def forward(self, obs, x, hidden_dtype=None):
+        """hidden_dtype: of the hidden layers; the last product always has the dtype of x."""
+        B, N, D = x.shape
+        dtype = hidden_dtype or x.dtype
+        layers = list(zip(self.weights, self.biases, strict=True))
+        w, b = layers[0]
+        w_obs, w_x = w.to(dtype).split([obs.shape[1], D], dim=1)
+        h_obs = obs.to(dtype) @ w_obs + b.to(dtype)  # (size, B, H)
+        h_x = (x.to(dtype).flatten(0, 1) @ w_x).unflatten(1, (B, N))  # (size, B, N, H)
+        h = (h_obs.unsqueeze(2) + h_x).flatten(1, 2)  # (size, B * N, H), before the activation
+        for w, b in layers[1:-1]:
+            h = F.gelu(h) @ w.to(dtype) + b.to(dtype)
+        w, b = layers[-1]
+        out = F.gelu(h.to(x.dtype)) @ w + b
+        return out.unflatten(1, (B, N))
 
 
 class QNetwork(EnsembleMLP):
-    """Twin critics: the return, (2, B, N), of N actions (B, N, A) in each of B states (B, O)."""
+    """Twin critics: the return, (2, B, N), of N actions (B, N, A) in each state."""
 
-    def forward(self, obs: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    def forward(self, obs, a):
         return super().forward(obs, a).squeeze(-1)
 
 
 class MeanFlowActor(EnsembleMLP):
-    """Average velocity u(a_t, r, t, s): N actions (B, N, A) at times r, t (B, N, 1) in B states (B, O) -> (B, N, A)."""
+    """Average velocity u(a_t, r, t, s) (B, N, A) of actions (B, N, A) at times r, t (B, N, 1)."""
 
-    def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int, num_layers: int, num_frequencies: int = 8):
+    def __init__(self, obs_dim, act_dim, hidden_dim, num_layers, num_frequencies=8):
         super().__init__(1, obs_dim, act_dim + 4 * num_frequencies, act_dim, hidden_dim, num_layers)
-        # radians over t in [0, 1]: the loss multiplies du/dt, and much higher frequencies keep MeanFlow from training
+        # radians over t in [0, 1]. The target has du/dt in it, which high frequencies blow up
         self.register_buffer("frequencies", torch.linspace(1.0, 3.0, num_frequencies))
 
-    def forward(self, obs: torch.Tensor, a_t: torch.Tensor, r: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        phase_t, phase_dt = t * self.frequencies, (t - r) * self.frequencies  # (B, N, num_frequencies)
-        embedding = phase_t.sin(), phase_t.cos(), phase_dt.sin(), phase_dt.cos()
-        return super().forward(obs, torch.cat([a_t, *embedding], dim=-1)).squeeze(0)
+    def forward(self, obs, a_t, r, t):
+        phase_t = t * self.frequencies  # (B, N, num_frequencies)
+        phase_dt = (t - r) * self.frequencies
+        times = [phase_t.sin(), phase_t.cos(), phase_dt.sin(), phase_dt.cos()]
+        return super().forward(obs, torch.cat([a_t, *times], dim=-1)).squeeze(0)
 
 
-# ALGO LOGIC: the method.
+# ALGO LOGIC: the method
 def linear_path(a_0, eps, t):
-    """The straight path a_t = (1 - t) a_0 + t eps from actions to noise (B, A), and its velocity v = eps - a_0."""
+    """The straight path a_t (B, A) from actions to noise (B, A), and its velocity v."""
     return (1 - t) * a_0 + t * eps, eps - a_0
 
 
 def sample_r_t(uniform, zero_r_ratio=0.0):
-    """Two uniform numbers (B, 2) as times r <= t, each (B, 1) (Algorithm 1); r = 0 in a share of the rows."""
-    r, t = uniform.amin(dim=1, keepdim=True), uniform.amax(dim=1, keepdim=True)
-    return r * (torch.arange(len(r), device=r.device).unsqueeze(1) >= zero_r_ratio * len(r)), t
+    """Uniform numbers (B, 2) as times r <= t, each (B, 1) (Algorithm 1); r = 0 in a share of them."""
+    r = uniform.amin(dim=1, keepdim=True)
+    t = uniform.amax(dim=1, keepdim=True)
+    row = torch.arange(len(r), device=r.device).unsqueeze(1)  # the rows are in no order
+    return r * (row >= zero_r_ratio * len(r)), t
 
 
 def mfp_loss(u_fn, a_t, r, t, v, tangent="marginal"):
     """L_MF and L_IVC (B, N) of u_fn(a_t, r, t), and du/dt (B, N, A) along the flow.
 
-    tangent: the flow's direction is u_fn's own velocity u(a_t, t, t) ("marginal"), or the path's v ("conditional").
+    tangent: along u_fn's own velocity u(a_t, t, t) ("marginal"), or the path's v ("conditional").
     """
     u_tt = u_fn(a_t, t, t)
     velocity = u_tt.detach() if tangent == "marginal" else v
-    u, dudt = torch.func.jvp(u_fn, (a_t, r, t), (velocity, torch.zeros_like(r), torch.ones_like(t)))
+    tangents = (velocity, torch.zeros_like(r), torch.ones_like(t))  # along the flow
+    u, dudt = torch.func.jvp(u_fn, (a_t, r, t), tangents)
     u_tgt = (v - (t - r) * dudt).detach()
-    return (u - u_tgt).square().sum(dim=-1), (u_tt - v).square().sum(dim=-1), dudt.detach()
+    mf = (u - u_tgt).square().sum(dim=-1)
+    ivc = (u_tt - v).square().sum(dim=-1)
+    return mf, ivc, dudt.detach()
 
 
 def best_of_n(u_fn, q_fn, obs, noise):
-    """One-step actions noise - u(noise, 0, 1, s): the one of highest Q (B, A), and all N (B, N, A) (Algorithm 1)."""
-    r = torch.zeros_like(noise[..., :1])
-    candidates = (noise - u_fn(obs, noise, r, r + 1)).clamp(-1, 1)
-    return candidates[torch.arange(len(obs), device=obs.device), q_fn(obs, candidates).argmax(dim=1)], candidates
-
-
-class ReplayBuffer:
-    """Ring of transitions, a row each, on the training device; only `terminated` is stored as the end of an episode."""
-
-    def __init__(self, size: int, obs_dim: int, act_dim: int, device: torch.device, file: str = "", num_added: int = 0):
-        self.num_added, self.widths = num_added, [obs_dim, obs_dim, act_dim, 1, 1]
-        shape, row = (size, sum(self.widths)), 4 * sum(self.widths)  # a file is memory-mapped: it keeps its rows
-        if num_added and not (os.path.isfile(file) and os.path.getsize(file) >= row * min(size, num_added)):
-            fail(f"{file} is missing or too short; --no-checkpoint-buffer goes on without it")
-        if file and hasattr(os, "posix_fallocate"):  # all of it now: a later write that finds no room kills the process
-            os.posix_fallocate(os.open(file, os.O_RDWR | os.O_CREAT, 0o644), 0, row * size)
-        self.disk = torch.from_file(file, True, math.prod(shape)).view(shape) if file else torch.empty(shape)
-        self.rows = self.disk.to(device)  # on the CPU the same memory
-
-    def add(self, *columns) -> None:
-        rows = torch.as_tensor(np.column_stack(columns), dtype=torch.float32)
-        slots = torch.arange(self.num_added, self.num_added + len(rows)) % len(self.rows)
-        self.rows[slots], self.disk[slots], self.num_added = rows.to(self.rows.device), rows, self.num_added + len(rows)
-
-    def sample(self, batch_size: int) -> Batch:
-        slots = torch.randint(min(self.num_added, len(self.rows)), (batch_size,), device=self.rows.device)
-        *columns, rewards, terminated = self.rows[slots].split(self.widths, dim=1)
-        return Batch(*columns, rewards.squeeze(1), terminated.squeeze(1))
+    """Of the actions noise - u(noise, 0, 1, s) (B, N, A) the best by Q (B, A), and all (Algorithm 1)."""
+    r = torch.zeros_like(noise[..., :1])  # (B, N, 1)
+    t = torch.ones_like(r)
+    candidates = (noise - u_fn(obs, noise, r, t)).clamp(-1, 1)
+    best = q_fn(obs, candidates).argmax(dim=1)  # (B,)
+    return candidates[torch.arange(len(obs), device=obs.device), best], candidates
 
 
 def critic_loss(q_twins, target_q_twins, batch, next_actions, args):
-    """Temporal differences of the twins as plain squared errors.
+    """Squared temporal differences of the twins, against the smaller of the target twins.
 
-    q_twins, target_q_twins: (B, O), (B, 1, A) -> return, (2, B, 1). next_actions: (B, A).
+    q_twins, target_q_twins: (B, O), (B, 1, A) -> return (2, B, 1). next_actions: (B, A).
     """
     with torch.no_grad():
-        next_q = target_q_twins(batch.next_obs, next_actions.unsqueeze(1)).squeeze(-1).amin(dim=0)  # (B,)
+        next_q = target_q_twins(batch.next_obs, next_actions.unsqueeze(1))  # (2, B, 1)
+        next_q = next_q.squeeze(-1).amin(dim=0)  # (B,)
         y = args.reward_scale * batch.rewards + args.gamma * (1 - batch.terminated) * next_q
     q = q_twins(batch.obs, batch.actions.unsqueeze(1)).squeeze(-1)  # (2, B)
     loss = (q - y).square().mean(dim=1).sum()
-    return loss, {
+    info = {
         "losses/qf_loss": loss.detach(),
         "losses/qf_values": q.detach().mean(),
         "losses/td_error": (y - q).detach().square().mean(),
     }
+    return loss, info
 
 
 def actor_loss(u_fn, batch, best_actions, uniform, eps, args):
-    """The policy regressed on the straight paths from noise to the best of its own actions.
+    """The policy regressed on straight paths from noise to the best of its own actions.
 
-    u_fn: of N actions a state, as the network. best_actions: (B, A). uniform: (B, 2). eps: (B, A) normal.
+    u_fn: (B, O), (B, 1, A), (B, 1, 1), (B, 1, 1) -> (B, 1, A). best_actions: (B, A).
+    uniform: (B, 2) in [0, 1]. eps: (B, A) standard normal.
     """
     r, t = sample_r_t(uniform, args.zero_r_ratio)
     a_t, v = linear_path(best_actions.detach(), eps, t)
-    mf, ivc, dudt = mfp_loss(partial(u_fn, batch.obs), *(x.unsqueeze(1) for x in (a_t, r, t, v)), args.tangent)
-    loss = mf + args.ivc_coef * ivc
+    flow = [x.unsqueeze(1) for x in (a_t, r, t, v)]  # N = 1 action in each state
+    mf, ivc, dudt = mfp_loss(partial(u_fn, batch.obs), *flow, args.tangent)
+    errors = mf + args.ivc_coef * ivc
+    loss = errors.mean()
     with torch.no_grad():
-        info = {"losses/actor_loss": loss.mean(), "losses/mf_loss": mf.mean(), "losses/ivc_loss": ivc.mean()}
-        info["velocity/norm"] = v.norm(dim=-1).mean()
-        info["velocity/dudt_ratio"] = ((t - r).unsqueeze(1) * dudt).norm(dim=-1).mean() / info["velocity/norm"]
+        bootstrap = (t - r).unsqueeze(1) * dudt
+        v_norm = v.norm(dim=-1).mean()
+        info = {
+            "losses/actor_loss": loss.detach(),
+            "losses/mf_loss": mf.mean(),
+            "losses/ivc_loss": ivc.mean(),
+            "velocity/norm": v_norm,
+            "velocity/dudt_ratio": bootstrap.norm(dim=-1).mean() / v_norm,
+        }
         for i in range(4):
             in_bin = ((4 * t).floor() == i).float()  # (B, 1)
-            info[f"losses/actor_loss_t{i}"] = (loss * in_bin).sum() / in_bin.sum().clamp(min=1)
-    return loss.mean(), info
+            info[f"losses/actor_loss_t{i}"] = (errors * in_bin).sum() / in_bin.sum().clamp(min=1)
+    return loss, info
 
 
 class Agent(nn.Module):
-    def __init__(self, args: Args, obs_dim: int, act_dim: int, device: torch.device):
+    def __init__(self, args, obs_dim, act_dim, device):
         super().__init__()
-        self.args, self.act_dim, self.device, self.num_updates = args, act_dim, device, 0
-        self.actor = MeanFlowActor(obs_dim, act_dim, args.hidden_dim, args.num_layers, args.num_frequencies).to(device)
-        self.acting_actor = self.actor
-        self.critic = QNetwork(2, obs_dim, act_dim, 1, args.hidden_dim, args.num_layers).to(device)
+        self.args = args
+        self.act_dim = act_dim
+        self.device = device
+        sizes = (args.hidden_dim, args.num_layers)
+        self.actor = MeanFlowActor(obs_dim, act_dim, *sizes, args.num_frequencies)
+        self.critic = QNetwork(2, obs_dim, act_dim, 1, *sizes)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        rates = (self.actor.parameters(), args.policy_lr), (self.critic.parameters(), args.q_lr)
-        groups = [{"params": p, "lr": lr} for p, lr in rates]
-        self.optimizer = torch.optim.Adam(groups, fused=True)  # a step leaves alone what its loss gives no gradient
-        self.optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad())
-        self.q_fn = lambda obs, a: self.critic(obs, a).amin(dim=0)  # (B, N)
-        mode = "reduce-overhead" if args.cuda else "default"
-        compile = partial(torch.compile, mode=mode, dynamic=False) if args.compile else lambda function: function
-        self.best_of_n, self.critic_loss, self.actor_loss = map(compile, (best_of_n, critic_loss, actor_loss))
+        self.to(device)
+        adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
+        self.optimizers = {
+            "actor": adam(self.actor.parameters(), lr=args.policy_lr),
+            "critic": adam(self.critic.parameters(), lr=args.q_lr),
+        }
+        # almost all of the time is spent in these. Without fullgraph a break would be silent, and slow
+        compile_ = partial(torch.compile, dynamic=False, fullgraph=True, disable=not args.compile)
+        self.best_of_n = compile_(best_of_n)
+        self.critic_loss = compile_(critic_loss)
+        self.actor_loss = compile_(actor_loss)
+
+    def q_fn(self, obs, a):
+        """What best-of-N sees of the twins: (B, N)."""
+        return self.critic(obs, a).amin(dim=0)
 
     @torch.no_grad()
-    def act(self, obs: torch.Tensor, explore: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """Best-of-N actions (B, A) in states (B, O), with exploration noise or without, and all N candidates."""
-        if self.args.compile and self.args.cuda:
-            torch.compiler.cudagraph_mark_step_begin()
-        noise = torch.randn(len(obs), self.args.best_of_n, self.act_dim, device=self.device)
-        a, candidates = self.best_of_n(self.acting_actor, self.q_fn, obs, noise)
+    def act(self, obs, explore=False, generator=None):
+        """Best-of-N actions (B, A) in states (B, O), with exploration noise or not; all candidates."""
+        shape = (len(obs), self.args.best_of_n, self.act_dim)
+        noise = torch.randn(shape, device=self.device, generator=generator)
+        a, candidates = self.best_of_n(self.actor, self.q_fn, obs, noise)
         if explore:
             a = (a + self.args.noise_scale * torch.randn_like(a)).clamp(-1, 1)
         return a, candidates
 
-    def update(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Update the critics and, when it is due, the policy and the target networks; returns diagnostics."""
-        args, (B, A), self.num_updates = self.args, batch.actions.shape, self.num_updates + 1
-        chosen_actions, candidates = self.act(torch.cat([batch.next_obs, batch.obs]))
-        next_actions, best_actions = chosen_actions.split(B)
-        loss, info = self.critic_loss(self.critic, self.target_critic, batch, next_actions, args)
-        self.optimizer.step(loss.backward)
+    def update(self, batch, policy_is_due=True):
+        """Update the critics and, when it is due, policy and moving averages; returns diagnostics."""
+        # one call chooses a' in the next states and a* in the states, with the critic as it is
+        actions, candidates = self.act(torch.cat([batch.next_obs, batch.obs]))  # (2B, A)
+        next_actions, best_actions = actions.split(len(batch.obs))
+        info = self.update_critic(batch, next_actions)
+        if policy_is_due:
+            info |= self.update_actor(batch, best_actions)
         info["actions/candidate_std"] = candidates.std(dim=1, correction=0).mean()
         info["actions/saturated"] = (candidates.abs() > 0.99).float().mean()
-        if self.num_updates % args.policy_frequency == 0:
-            uniform, eps = torch.rand(B, 2, device=self.device), torch.randn(B, A, device=self.device)
-            loss, actor_info = self.actor_loss(self.actor, batch, best_actions, uniform, eps, args)
-            self.optimizer.step(loss.backward)
-            with torch.no_grad():
-                torch._foreach_lerp_([*self.target_critic.parameters()], [*self.critic.parameters()], args.tau)
-            info |= actor_info
         return info
 
+    def update_critic(self, batch, next_actions):
+        loss, info = self.critic_loss(self.critic, self.target_critic, batch, next_actions, self.args)
+        self.descend("critic", loss)
+        return info
 
-def evaluate(agent: Agent, seed: int, video_folder: str | None = None, num_episodes: int = 10) -> np.ndarray:
-    """Undiscounted returns of seeded episodes without exploration; the training's random numbers stay as they were."""
-    thunks = [partial(make_env, agent.args.env_id, None if i else video_folder) for i in range(num_episodes)]
-    envs = gym.vector.SyncVectorEnv(thunks, autoreset_mode="SameStep")
-    returns, running = np.zeros(num_episodes), np.ones(num_episodes, bool)
-    with torch.random.fork_rng([0] if agent.args.cuda else []):
-        torch.manual_seed(seed)
-        obs, _ = envs.reset(seed=seed)
-        while running.any():
-            actions, _ = agent.act(torch.as_tensor(obs, dtype=torch.float32).to(agent.device))
-            obs, rewards, terminated, truncated, _ = envs.step(actions.cpu().numpy())
-            returns, running = returns + running * rewards, running & ~(terminated | truncated)
-    envs.close()
-    return returns
+    def update_actor(self, batch, best_actions):
+        """The policy, then all moving averages."""
+        B, A = batch.actions.shape
+        uniform = torch.rand(B, 2, device=self.device)
+        eps = torch.randn(B, A, device=self.device)
+        loss, info = self.actor_loss(self.actor, batch, best_actions, uniform, eps, self.args)
+        self.descend("actor", loss)
+        soft_update(self.target_critic, self.critic, self.args.tau)
+        return info
+
+    def descend(self, name, loss):
+        self.optimizers[name].zero_grad()
+        loss.backward()
+        self.optimizers[name].step()
 
 
-def fail(message: str, code: int = 2):
-    print("error:", *message.split(), file=sys.stderr)  # one line
+@torch.no_grad()
+def soft_update(target, source, tau):
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+
+
+class ReplayBuffer:
+    """Transitions, a row each, on the training device and, for --resume, in a file.
+
+    Time limits are not `terminated`: they bootstrap. Sampled are the last buffer_size rows. Kept are
+    2 checkpoint_frequency more: what the two kept checkpoints count survives until the next one, so
+    that a process killed at any moment goes on with exactly its rows. The counter is on the device as
+    well: adding and sampling never wait for the host.
+    """
+
+    def __init__(self, args, obs_dim, act_dim, device, file, num_added):
+        self.size = args.buffer_size
+        self.widths = [obs_dim, obs_dim, act_dim, 1, 1]  # of the fields of Batch
+        # every column begins at a multiple of 16 bytes, so that compiled kernels read it in place
+        self.padded_widths = [4 * math.ceil(width / 4) for width in self.widths]
+        self.row_width = sum(self.padded_widths)
+        num_rows = min(args.buffer_size + 2 * args.checkpoint_frequency, args.total_timesteps)
+        num_steps = math.ceil(num_rows / args.num_envs) + 2  # checkpoints can be a step late
+        num_rows = num_steps * args.num_envs
+        if file is None:
+            self.on_host = np.zeros((num_rows, self.row_width), np.float32)
+        else:
+            self.on_host = map_file(file, (num_rows, self.row_width), num_added)
+        self.rows = torch.from_numpy(self.on_host).to(device)  # on the CPU the same memory
+        # add() comes before every step, the first one too: it then writes the last step again or, in a
+        # new run, zeros before the first slot
+        self.num_added = torch.tensor(num_added - args.num_envs, device=device)
+        self.order = torch.arange(args.num_envs, device=device)
+
+    def pack(self, rows, *columns):
+        """Write the columns of transitions into rows, on the host."""
+        starts = np.cumsum([0, *self.padded_widths])
+        for start, width, column in zip(starts[:-1], self.widths, columns, strict=True):
+            rows[:, start : start + width] = column.reshape(-1, width)
+
+    def host_rows(self, num_added):
+        """Where the rows of the step after the first num_added lie on the host, or in the file."""
+        start = num_added % len(self.on_host)
+        return self.on_host[start : start + len(self.order)]
+
+    def add(self, rows):
+        slots = (self.num_added + self.order) % len(self.rows)
+        self.rows.index_copy_(0, slots, rows)
+        self.num_added += len(rows)
+
+    def sample(self, batch_size):
+        num_filled = self.num_added.clamp(max=self.size)
+        uniform = torch.rand(batch_size, dtype=torch.float64, device=self.rows.device)
+        age = (uniform * num_filled).long()  # uniform in 0 .. num_filled - 1
+        slots = (self.num_added - 1 - age) % len(self.rows)
+        columns = self.rows[slots].split(self.padded_widths, dim=1)
+        columns = [column[:, :width] for column, width in zip(columns, self.widths, strict=True)]
+        obs, next_obs, actions, rewards, terminated = columns
+        return Batch(obs, next_obs, actions, rewards.squeeze(1), terminated.squeeze(1))
+
+
+# A step asks two things of the device. Compiled on a GPU, each is one CUDA graph
+def add_and_act(agent, rb, inbox):
+    """The rows of the last step join the buffer; then actions (E, A) for the observations after it."""
+    rows, obs = inbox.tensor_split([rb.row_width], dim=1)
+    rb.add(rows)
+    actions, _ = agent.act(obs, explore=True)
+    return actions
+
+
+def sample_and_update(agent, rb, policy_is_due):
+    batch = rb.sample(agent.args.batch_size)
+    return agent.update(batch, policy_is_due)
+
+
+class CUDAGraph:
+    """A function without arguments: a few plain calls, then one launch for all of its kernels."""
+
+    def __init__(self, function, num_plain_calls=5):
+        self.function = function
+        self.num_plain_calls = num_plain_calls  # they compile, and make the state of Adam
+        self.graph = None
+
+    def __call__(self):
+        if self.num_plain_calls > 0:
+            self.num_plain_calls -= 1
+            return self.function()
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+                self.result = self.function()  # recorded, not executed
+        self.graph.replay()
+        return self.result  # the same memory every time
+
+
+def make_policy(agent, box, seed=None):
+    """The agent without exploration: observations (O,) or (B, O) -> the environment's actions.
+
+    With a seed its noise has a generator of its own: the training's random numbers stay as they are.
+    """
+    generator = None if seed is None else torch.Generator(agent.device).manual_seed(seed)
+
+    def policy(observation):
+        observation = np.asarray(observation, np.float32)
+        obs = torch.from_numpy(np.atleast_2d(observation)).to(agent.device)
+        actions, _ = agent.act(obs, generator=generator)
+        return to_box(actions.cpu().numpy(), box).reshape(*observation.shape[:-1], -1)  # (A,) for (O,)
+
+    return policy
+
+
+def load_policy(run_folder, device="cpu", **changes):
+    """The newest policy of a run: observations (O,) or (B, O) -> actions, in the environment's units.
+
+    changes: of the run's arguments, such as best_of_n=64. Raises ValueError if the newest checkpoint
+    cannot be used. Nothing in the file is executed.
+    """
+    checkpoint = load_checkpoint(Path(run_folder))
+    low, high, dtype = checkpoint["action_box"]
+    box = gym.spaces.Box(np.array(low, dtype), np.array(high, dtype), dtype=dtype)
+    args = replace(Args(**checkpoint["args"]), compile=False, **changes)
+    agent = Agent(args, checkpoint["obs_dim"], len(low), torch.device(device))
+    agent.load_state_dict(checkpoint["agent"])
+    return make_policy(agent, box)
+
+
+def evaluate(policy, env_id, num_episodes, seed, video_folder=None, received_signals=()):
+    """Undiscounted returns (num_episodes,) of seeded episodes; None if a signal arrives.
+
+    policy: observations (num_episodes, O) -> actions, both in the environment's units.
+    """
+    envs = [make_env(env_id, video_folder if i == 0 else None) for i in range(num_episodes)]
+    obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
+    returns = np.zeros(num_episodes)
+    running = np.ones(num_episodes, dtype=bool)
+    while running.any() and not received_signals:
+        actions = policy(obs)
+        for i in np.flatnonzero(running):  # an environment that has finished is not stepped on
+            obs[i], reward, terminated, truncated, _ = envs[i].step(actions[i])
+            returns[i] += reward
+            running[i] = not (terminated or truncated)
+    for env in envs:
+        env.close()
+    return None if running.any() else returns
+
+
+# What a reader of the method may skip: checks, files, signals
+def exit_with_error(message, code=2):
+    print("error:", " ".join(message.split()), file=sys.stderr)  # on one line
     sys.exit(code)
 
 
-def check_args(args: Args) -> tuple[int, int]:
-    """Observation and action dimension of the environment; one line and exit code 2 where the run cannot start."""
-    zero_too = "seed", "learning_starts", "gamma", "zero_r_ratio", "noise_scale", "ivc_coef"
-    for name, value in vars(args).items():
-        low, high = 0, 1 if name in ("gamma", "tau", "zero_r_ratio") else 2**63
-        if type(value) in (int, float) and not (low < value <= high or (value == 0 and name in zero_too)):
-            fail(f"--{name.replace('_', '-')} must be in {'[' if name in zero_too else '('}{low}, {high}], got {value}")
+def check_args(args):
+    """An error for values that cannot work."""
+    may_be_zero = "seed learning_starts gamma zero_r_ratio noise_scale ivc_coef".split()
+    for name, value in asdict(args).items():
+        if type(value) in (int, float):
+            highest = 1 if name in ("gamma", "tau", "zero_r_ratio") else 2**63 - 1
+            flag = f"--{name.replace('_', '-')}"
+            if not 0 <= value <= highest:
+                exit_with_error(f"{flag} must be in [0, {highest}], got {value}")
+            if value == 0 and name not in may_be_zero:
+                exit_with_error(f"{flag} cannot be 0")
+    last_step = args.total_timesteps - args.total_timesteps % args.num_envs
     rules = {
-        "--total-timesteps must be > --learning-starts": args.total_timesteps >= args.learning_starts + args.num_envs,
-        "--cuda: PyTorch finds no GPU here, use --no-cuda": torch.cuda.is_available() or not args.cuda,
-        "--track needs wandb: pip install wandb": not args.track or util.find_spec("wandb"),
-        "--capture-video needs moviepy: pip install moviepy": not args.capture_video or util.find_spec("moviepy"),
+        "--total-timesteps must be larger, by --num-envs or more, than --learning-starts": (
+            last_step - args.num_envs >= max(args.learning_starts, 1)
+        ),
+        "--buffer-size must be at least --num-envs": args.buffer_size >= args.num_envs,
+        "--device gpu: PyTorch finds no GPU": args.device != "gpu" or torch.cuda.is_available(),
+        "--track needs wandb": not args.track or util.find_spec("wandb"),
+        "--capture-video needs moviepy": not args.capture_video or util.find_spec("moviepy"),
     }
+    for rule, holds in rules.items():
+        if not holds:
+            exit_with_error(rule)
+
+
+def env_dimensions(args):
+    """Lengths of observations and actions, and the actions' box; an error if not supported."""
+    rendering = {"render_mode": "rgb_array"} if args.capture_video else {}  # not every one takes a mode
     try:
-        env = gym.make(args.env_id, **{"render_mode": "rgb_array"} if args.capture_video else {})
-        _ = args.capture_video and (env.reset(), env.render())
-    except Exception as error:  # of an unknown id, it names the nearest
-        fail(f"{error}{'; use Pusher-v5 instead' if args.env_id == 'Pusher-v4' else ''}")
-    for kind, space in ("observations", env.observation_space), ("actions", env.action_space):
-        flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and (kind != "actions" or space.is_bounded())
-        rules[f"{args.env_id} has {kind} {space}; supported are flat continuous ones, bounded for actions"] = flat
-    for rule in [rule for rule, holds in rules.items() if not holds]:
-        fail(rule)
+        env = gym.make(args.env_id, **rendering)
+    except (gym.error.Error, ImportError) as error:  # of an unknown id, gymnasium names the nearest
+        hint = "ids of other packages: module:Env-v0"
+        if args.env_id == "Pusher-v4":
+            hint = "use Pusher-v5"
+        exit_with_error(f"{args.env_id}: {error}; {hint}")
+    obs_space = env.observation_space
+    box = env.action_space
+    if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
+        hint = "supported are flat vectors; gymnasium.wrappers.FlattenObservation makes one"
+        exit_with_error(f"{args.env_id} has observations {obs_space}; {hint}")
+    is_real = isinstance(box, gym.spaces.Box) and np.issubdtype(box.dtype, np.floating)
+    if not is_real or len(box.shape) != 1 or not box.is_bounded() or not (box.low < box.high).all():
+        hint = "supported are flat vectors of real numbers with bounds low < high"
+        exit_with_error(f"{args.env_id} has actions {box}; {hint}")
+    if args.capture_video:
+        try:
+            env.reset()
+            env.render()
+        except Exception as error:
+            exit_with_error(f"--capture-video: {error}; without a display, set MUJOCO_GL=egl")
+    if env.spec.max_episode_steps is None:
+        warn(f"{args.env_id} has no time limit; an evaluation lasts until its episodes end")
     margins = getattr(getattr(env.unwrapped, "model", None), "geom_margin", np.zeros(1))
-    if margins.any() and tuple(map(int, metadata.version("mujoco").split(".")[:2])) >= (3, 5):
-        print(f"warning: mujoco >= 3.5 changed the contacts of {args.env_id}; use mujoco < 3.5", file=sys.stderr)
-    return env.observation_space.shape[0], env.action_space.shape[0]
+    if margins.any() and [int(x) for x in metadata.version("mujoco").split(".")[:2]] >= [3, 5]:
+        warn(f"mujoco >= 3.5 changed the contacts of {args.env_id}; use mujoco < 3.5")
+    env.close()
+    return obs_space.shape[0], box.shape[0], box
+
+
+def warn(message):
+    print("warning:", message, file=sys.stderr)
+
+
+def check_compiler(device):
+    """An error where torch.compile does not work, before any step is spent."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(8, device=device))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        exit_with_error(f"--compile does not work here, use --no-compile: {reason}")
+
+
+def check_finite(place, **arrays):
+    """Stop before a NaN, or what float32 makes infinite, reaches the replay buffer or a file."""
+    for name, values in arrays.items():
+        with np.errstate(over="ignore"):
+            values = np.asarray(values).astype(np.float32)
+        if not np.isfinite(values).all():
+            exit_with_error(f"the {name.replace('_', ' ')} is not finite {place}", code=1)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """An error in writing the run's own files ends it with one line. Its last checkpoint is whole."""
+    try:
+        yield
+    except OSError as error:
+        exit_with_error(f"{path} cannot be written: {error}; make room or mend the path", code=1)
+
+
+def map_file(path, shape, num_added):
+    """The replay buffer's file. Its space is taken now: a write that finds none kills the process."""
+    num_rows, row_width = shape
+    size = 4 * num_rows * row_width
+    present = path.stat().st_size if path.exists() else 0
+    if present < 4 * min(num_added, num_rows) * row_width:
+        exit_with_error(f"{path} is missing or short; --no-checkpoint-buffer goes on without it")
+    missing = size - present - shutil.disk_usage(path.parent).free
+    if missing > 0:
+        raise OSError(f"{missing / 1e6:.1f} MB are missing; --no-checkpoint-buffer needs none")
+    with path.open("ab") as file:
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+        except OSError:  # a quota, or another process was faster: give back what was taken
+            file.truncate(present)
+            raise
+    return np.memmap(path, np.float32, "r+", shape=shape)
+
+
+def lock_run(run_folder):
+    """Refuse to write where another process does. The lock ends with the process."""
+    file = (run_folder / "lock").open("w")
+    if util.find_spec("fcntl"):  # not on Windows
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            exit_with_error(f"{run_folder} is being written by another process")
+    return file
+
+
+def write_file(path, data):
+    """Written under another name and renamed: a kill at any moment leaves a whole file."""
+    with writing(path):
+        path.with_suffix(".tmp").write_bytes(data)
+        path.with_suffix(".tmp").replace(path)
+
+
+def save_checkpoint(path, state):
+    """Two checkpoints are kept."""
+    data = io.BytesIO()  # torch.save would tell of a full disk by a RuntimeError
+    torch.save(state, data)
+    write_file(path, data.getbuffer())
+    for old in sorted(path.parent.glob("checkpoint_*.pt"))[:-2]:
+        old.unlink()
+
+
+def load_checkpoint(path):
+    """The newest checkpoint of a run, or one named itself. ValueError if it cannot be used."""
+    paths = sorted(path.glob("checkpoint_*.pt"), reverse=True) if path.is_dir() else [path]
+    errors = "" if paths else f"{path} has no checkpoint; "
+    for path in paths:
+        try:
+            if zipfile.ZipFile(path).testzip() is not None:  # torch.load ignores the checksums
+                raise ValueError("a checksum does not match")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            if checkpoint["format"] != CHECKPOINT_FORMAT:
+                raise ValueError(f"it is not of {CHECKPOINT_FORMAT}")
+        except Exception as error:
+            errors += f"{path} cannot be used: {error}; "
+            continue
+        if errors:  # going on from an older one is for the user to decide
+            raise ValueError(f"{errors}the newest good one is {path}")
+        return checkpoint
+    raise ValueError(f"{errors}there is no good one")
+
+
+def resumed_args(checkpoint):
+    """The run's arguments, overridden by what the command line names; some cannot change."""
+    args = tyro.cli(Args, default=Args(**checkpoint["args"]))
+    fixed = "preset env_id seed num_envs buffer_size checkpoint_frequency"
+    fixed = f"{fixed} hidden_dim num_layers num_frequencies".split()
+    for name, before in checkpoint["args"].items():
+        is_fixed = name in fixed or name.endswith("_lr")
+        if is_fixed and getattr(args, name) != before:
+            exit_with_error(f"--{name.replace('_', '-')} is {before} here, and cannot change")
+    return args
+
+
+def evaluations_until(path, global_step):
+    """The lines of evaluations.csv up to a step: what a killed run evaluated later comes again."""
+    if not path.exists():
+        return ["global_step,num_updates,return_mean,return_std,wall_time_s"]
+    header, *lines = path.read_text().splitlines()
+    return [header] + [line for line in lines if int(line.split(",")[0]) <= global_step]
+
+
+def is_due(global_step, frequency, args):
+    """Whether a multiple of frequency, or the run's end, is among the last num_envs steps."""
+    is_last = global_step + args.num_envs > args.total_timesteps
+    return is_last or global_step % frequency < args.num_envs
+
+
+def receive_signals():
+    """The signals received so far: the run ends after its step. A second signal kills it."""
+    received_signals = []
+
+    def handler(number, frame):
+        received_signals.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
+    return received_signals
 
 
 if __name__ == "__main__":
-    args, bad, stop = tyro.cli(Args), "", []
-    checkpoint = {"progress": (0, 0, 0, math.nan, "global_step,num_updates,return_mean,return_std,wall_time_s\n", 0.0)}
-    run_folder = Path("runs", f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}".replace("/", "_"))
-    if source := args.resume or args.evaluate:
-        for path in sorted(Path(source).glob("checkpoint_*.pt"), reverse=True) or [Path(source)]:
-            try:
-                checkpoint = torch.load(path, "cpu", weights_only=True)  # it executes nothing, and skips the checksums
-                if zipfile.ZipFile(path).testzip() or checkpoint["format"] != FORMAT:
-                    raise ValueError(f"it is damaged, or not of {FORMAT}")
-                break
-            except Exception as error:
-                bad, checkpoint = f"{bad}{path} cannot be used: {error}; ", None
-        bad and fail(f"{bad}the newest good one is {checkpoint and path}")
-        args, run_folder = tyro.cli(Args, default=Args(**checkpoint["args"])), path.parent
-        for name in "env_id seed num_envs buffer_size hidden_dim num_layers num_frequencies policy_lr q_lr".split():
-            if getattr(args, name) != checkpoint["args"][name]:
-                fail(f"{path} has --{name.replace('_', '-')} {checkpoint['args'][name]}, which cannot change")
-    obs_dim, act_dim = check_args(args)
-    # TRY NOT TO MODIFY: seeding
+    args = tyro.cli(Args)
+    if args.preset == "laptop":
+        args = tyro.cli(Args, default=Args(preset="laptop", **LAPTOP))
+    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}"
+    run_folder = Path("runs", run_name.replace("/", "_"))
+    checkpoint = None
+    start_step = 0
+    if args.resume == "" or args.evaluate == "" or None not in (args.resume, args.evaluate):
+        exit_with_error("give the folder of a run, to --resume or to --evaluate")
+    source = args.resume or args.evaluate
+    if source is not None:
+        run_folder = Path(source) if Path(source).is_dir() else Path(source).parent
+        if args.resume is not None and any(run_folder.glob("checkpoint_*.pt")):
+            lock = lock_run(run_folder)
+        try:
+            checkpoint = load_checkpoint(Path(source))
+        except ValueError as error:
+            exit_with_error(str(error))
+        args = resumed_args(checkpoint)
+        start_step = checkpoint["global_step"]
+    check_args(args)
+    obs_dim, act_dim, box = env_dimensions(args)
+
+    # TRY NOT TO MODIFY: seeding. A resumed run begins new episodes, with seeds of their own
     torch.manual_seed(args.seed)
-    device = torch.device("cuda" if args.cuda else "cpu")
-    *env_seeds, eval_seed = np.random.SeedSequence(args.seed).generate_state(args.num_envs + 1).tolist()
+    env_seeds = np.random.SeedSequence([args.seed, start_step]).generate_state(args.num_envs)
+    eval_seed = int(np.random.SeedSequence([args.seed, 0, 1]).generate_state(1)[0])
+
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.set_float32_matmul_precision(args.matmul_precision)
+        torch.cuda.set_stream(torch.cuda.Stream())  # the default one cannot be captured
+    if args.evaluate is not None:
+        policy = load_policy(source, device, best_of_n=args.best_of_n)
+        torch.manual_seed(eval_seed)  # the noise of the evaluations in training
+        video_folder = f"{run_folder}/videos" if args.capture_video else None
+        returns = evaluate(policy, args.env_id, args.num_episodes, eval_seed, video_folder)
+        mean, std = returns.mean(), returns.std()
+        print(f"return {mean:.1f} +- {std:.1f}, by episode {returns.round(1).tolist()}")
+        sys.exit()
+
+    last_step = args.total_timesteps - args.total_timesteps % args.num_envs
+    evaluations = evaluations_until(run_folder / "evaluations.csv", start_step)
+    evaluation_missing = start_step > 0 and is_due(start_step, args.eval_frequency, args)
+    evaluation_missing = evaluation_missing and not evaluations[-1].startswith(f"{start_step},")
+    if start_step >= last_step and not evaluation_missing:
+        print(f"{run_folder} is finished at step {start_step}; --total-timesteps MORE goes on")
+        sys.exit()
+    if args.compile:
+        check_compiler(device)
     agent = Agent(args, obs_dim, act_dim, device)
-    rng = torch.cuda.default_generators[0] if args.cuda else torch.default_generator
-    first_step, agent.num_updates, num_added, episodic_return, evaluations, seconds = checkpoint["progress"]
-    agent.load_state_dict(checkpoint.get("agent", agent.state_dict()))
-    agent.optimizer.load_state_dict(checkpoint.get("optimizer", agent.optimizer.state_dict()))
-    if args.evaluate:
-        returns = evaluate(agent, eval_seed, f"{run_folder}/videos" if args.capture_video else None, args.num_episodes)
-        sys.exit(print(f"return {returns.mean():.1f} +- {returns.std():.1f}, by episode {returns.round(1).tolist()}"))
-    start, steps = time.time() - seconds, range(first_step + args.num_envs, args.total_timesteps + 1, args.num_envs)
-    steps or sys.exit(print(f"{run_folder} is finished at step {first_step}; --total-timesteps MORE goes on"))
-    hint = f"make room or mend the path, then --resume {run_folder} where it has a checkpoint"
-    sys.excepthook = lambda *e: fail(f"{e[1]}; {hint}", 1) if isinstance(e[1], OSError) else sys.__excepthook__(*e)
-    run_folder.mkdir(parents=True, exist_ok=bool(first_step))
-    envs = gym.vector.SyncVectorEnv(args.num_envs * [partial(make_env, args.env_id)], autoreset_mode="SameStep")
-    file, num_added = (f"{run_folder}/replay_buffer.bin", num_added) if args.checkpoint_buffer else ("", 0)
-    rb = ReplayBuffer(min(args.buffer_size, args.total_timesteps), obs_dim, act_dim, device, file, num_added)
-    rng.set_state(checkpoint["generator"] if checkpoint.get("args", {}).get("cuda") == args.cuda else rng.get_state())
-    versions = {package: metadata.version(package) for package in ("torch", "gymnasium", "mujoco", "numpy", "tyro")}
-    config = {"script": FORMAT.split(",")[0], **asdict(args), "resume": None, "versions": versions}
-    (run_folder / "config.json").write_text(json.dumps(config, indent=2))
-    args.track and __import__("wandb").init(project="som", name=run_folder.name, config=config, sync_tensorboard=True)
-    writer = SummaryWriter(run_folder, purge_step=first_step + 1)
-    for number in signal.SIGINT, signal.SIGTERM:  # the run ends after its step; a second signal kills it
-        signal.signal(number, lambda number, _: stop.append(number) or signal.signal(number, signal.SIG_DFL))
-    # TRY NOT TO MODIFY: start the game, in new episodes where the run is resumed
-    for env, state in zip(envs.envs, checkpoint.get("env_generators", ()), strict=False):
-        env.unwrapped.np_random.bit_generator.state = state
-    obs, _ = envs.reset(seed=None if first_step else env_seeds)
-    for global_step in (progress := tqdm(steps, unit="step", unit_scale=args.num_envs, disable=None)):
+    num_updates = 0
+    num_added = 0  # transitions so far
+    start_time = time.time()
+    if checkpoint is not None:
+        num_updates = checkpoint["num_updates"]
+        num_added = checkpoint["num_added"] if args.checkpoint_buffer else 0
+        start_time -= checkpoint["seconds"]
+        agent.load_state_dict(checkpoint["agent"])
+        for name, optimizer in agent.optimizers.items():
+            optimizer.load_state_dict(checkpoint["optimizers"][name])
+            optimizer.param_groups[0]["capturable"] = on_gpu  # it was loaded as well
+        torch.set_rng_state(checkpoint["cpu_generator"])
+        if on_gpu and checkpoint["gpu_generator"] is not None:
+            torch.cuda.set_rng_state(checkpoint["gpu_generator"])
+
+    packages = [x for x in ("torch", "gymnasium", "mujoco", "numpy", "tyro") if util.find_spec(x)]
+    versions = {package: metadata.version(package) for package in packages}
+    config = {"script": Path(__file__).name, **asdict(args), "resume": None, "versions": versions}
+    with writing(run_folder):
+        run_folder.mkdir(parents=True, exist_ok=checkpoint is not None)
+        if checkpoint is None:
+            lock = lock_run(run_folder)
+        rb_file = run_folder / "replay_buffer.bin" if args.checkpoint_buffer else None
+        rb = ReplayBuffer(args, obs_dim, act_dim, device, rb_file, num_added)
+    write_file(run_folder / "config.json", json.dumps(config, indent=2).encode())
+    write_file(run_folder / "evaluations.csv", "\n".join([*evaluations, ""]).encode())
+    for path in run_folder.glob("checkpoint_*.pt"):
+        if int(path.stem.split("_")[1]) > start_step:  # of a branch that is left here
+            path.unlink()
+    if args.track:
+        import wandb
+
+        wandb.init(project="mfp", name=run_folder.name, config=config, sync_tensorboard=True)
+    writer = SummaryWriter(run_folder, purge_step=start_step + 1)  # drops what a killed run logged later
+    atexit.register(writer.close)  # an error that ends the run leaves its curves
+    received_signals = receive_signals()
+
+    # an inbox row is a transition of the last step, then the present observation
+    inbox = torch.zeros(args.num_envs, rb.row_width + obs_dim, pin_memory=on_gpu)
+    outbox = torch.zeros(args.num_envs, act_dim, pin_memory=on_gpu)
+    device_inbox = inbox.to(device, copy=True)
+    new_rows, new_obs = np.split(inbox.numpy(), [rb.row_width], axis=1)  # views
+    if num_added > 0:
+        new_rows[:] = rb.host_rows(num_added - args.num_envs)
+    act = partial(add_and_act, agent, rb, device_inbox)
+    updates = {due: partial(sample_and_update, agent, rb, due) for due in (True, False)}
+    if on_gpu and args.compile:
+        act = CUDAGraph(act)
+        updates = {policy_is_due: CUDAGraph(update) for policy_is_due, update in updates.items()}
+
+    def evaluate_at(global_step):
+        """Evaluate, unless a signal arrives, and write the result to evaluations.csv and TensorBoard."""
+        policy = make_policy(agent, box, eval_seed)
+        video_folder = f"{run_folder}/videos/{global_step}" if args.capture_video else None
+        returns = evaluate(policy, args.env_id, args.num_episodes, eval_seed, video_folder, received_signals)
+        if returns is None:
+            return
+        check_finite(f"at step {global_step}, seed {args.seed}; see {run_folder}", evaluation=returns)
+        mean, std, seconds = returns.mean(), returns.std(), time.time() - start_time
+        evaluations.append(f"{global_step},{num_updates},{mean},{std},{seconds}")
+        write_file(run_folder / "evaluations.csv", "\n".join([*evaluations, ""]).encode())
+        writer.add_scalar("charts/eval_return", mean, global_step)
+        tqdm.write(f"step {global_step}: evaluation return {mean:.1f} +- {std:.1f}")
+
+    if evaluation_missing:
+        evaluate_at(start_step)
+
+    # TRY NOT TO MODIFY: start the game
+    thunks = args.num_envs * [partial(make_training_env, args.env_id)]
+    envs = gym.vector.SyncVectorEnv(thunks, autoreset_mode="SameStep")
+    obs, _ = envs.reset(seed=env_seeds.tolist())
+    info = {}  # the latest value of every diagnostic
+    times = []  # of the first iterations with learning
+    steps = range(start_step + args.num_envs, last_step + 1, args.num_envs)
+    progress = tqdm(steps, unit="step", unit_scale=args.num_envs, disable=None)
+    for global_step in progress:
         place = f"at step {global_step}, seed {args.seed}; see {run_folder}"
+
         # ALGO LOGIC: put action logic here
-        if global_step <= args.learning_starts:
-            actions = 2 * torch.rand(args.num_envs, act_dim, device=device) - 1
-        else:
-            actions, _ = agent.act(torch.as_tensor(obs, dtype=torch.float32).to(device), explore=True)
-        actions = actions.cpu().numpy()
+        new_obs[:] = obs
+        device_inbox.copy_(inbox, non_blocking=True)
+        outbox.copy_(act(), non_blocking=True)
+        if on_gpu:
+            actions_sent = torch.cuda.current_stream().record_event()
+
+        # ALGO LOGIC: training. A GPU does it while the environments step, on the transitions before
+        learning = num_added >= max(args.learning_starts, 1)
+        if learning:
+            for _ in range(args.updates_per_step):
+                num_updates += 1
+                policy_is_due = num_updates % args.policy_frequency == 0
+                info |= updates[policy_is_due]()
+
         # TRY NOT TO MODIFY: execute the game and log data.
+        if on_gpu:
+            actions_sent.synchronize()
+        actions = outbox.numpy()
+        if global_step <= args.learning_starts:
+            actions = 2 * torch.rand(args.num_envs, act_dim).numpy() - 1
         next_obs, rewards, terminated, truncated, infos = envs.step(actions)
-        # TRY NOT TO MODIFY: save data to replay buffer; where an episode ended, next_obs is the next one's first
+
+        # TRY NOT TO MODIFY: save data to replay buffer; next_obs is of the next episode if one ended
         real_next_obs = next_obs.copy()
         for i in np.flatnonzero(terminated | truncated):
             real_next_obs[i] = infos["final_obs"][i]
-            episodic_return = float(infos["final_info"]["episode"]["r"][i])
-            writer.add_scalar("charts/episodic_return", episodic_return, global_step)
-            writer.add_scalar("charts/episodic_length", infos["final_info"]["episode"]["l"][i], global_step)
-        for quantity, values in ("action", actions), ("reward", rewards), ("observation", [next_obs, real_next_obs]):
-            np.isfinite(values).all() or fail(f"the {quantity} is not finite {place}", code=1)
-        rb.add(obs, real_next_obs, actions, rewards, terminated)
+            episode = infos["final_info"]["episode_statistics"]
+            writer.add_scalar("charts/episodic_return", episode["r"][i], global_step)
+            writer.add_scalar("charts/episodic_length", episode["l"][i], global_step)
+            progress.set_postfix(episodic_return=episode["r"][i])
+        check_finite(place, action=actions, reward=rewards, observation=[obs, next_obs])
+        check_finite(place, last_observation=real_next_obs)
+        rb.pack(new_rows, obs, real_next_obs, actions, rewards, terminated)
+        rb.host_rows(num_added)[:] = new_rows
+        num_added += args.num_envs
         obs = next_obs
-        # ALGO LOGIC: training.
-        if rb.num_added > args.learning_starts:
-            for _ in range(args.updates_per_step):
-                info = agent.update(rb.sample(args.batch_size))
-            if agent.num_updates % (100 * args.policy_frequency) < args.updates_per_step or global_step == steps[-1]:
-                scalars = {k: x.item() for k, x in info.items()} | {"charts/SPS": global_step / (time.time() - start)}
-                for tag, value in scalars.items():
-                    math.isfinite(value) or fail(f"{tag} is not finite {place}", code=1)
-                    writer.add_scalar(tag, value, global_step)
-                progress.set_postfix({k: x for k, x in scalars.items() if k.endswith("_loss")}, episode=episodic_return)
-        if global_step % args.eval_frequency < args.num_envs or global_step == steps[-1]:
-            returns = evaluate(agent, eval_seed, f"{run_folder}/videos/{global_step}" if args.capture_video else None)
-            evaluations += f"{global_step},{agent.num_updates},{returns.mean()},{returns.std()},{time.time() - start}\n"
-            (run_folder / "evaluations.csv").write_text(evaluations)
-            writer.add_scalar("charts/eval_return", returns.mean(), global_step)
-            tqdm.write(f"step {global_step}: evaluation return {returns.mean():.1f} +- {returns.std():.1f}")
-        if stop or global_step % args.checkpoint_frequency < args.num_envs or global_step in (steps[0], steps[-1]):
-            all(w.isfinite().all() for w in agent.parameters()) or fail(f"a weight is not finite {place}", code=1)
-            done = global_step, agent.num_updates, rb.num_added * args.checkpoint_buffer, episodic_return, evaluations
-            state = {"format": FORMAT, "args": asdict(args), "agent": agent.state_dict(), "generator": rng.get_state()}
-            state |= {"optimizer": agent.optimizer.state_dict(), "progress": (*done, time.time() - start)}
-            state["env_generators"] = [env.unwrapped.np_random.bit_generator.state for env in envs.envs]
-            torch.save(state, data := io.BytesIO())
-            (run_folder / "checkpoint.tmp").write_bytes(data.getbuffer())
-            writer.flush()
-            getattr(os, "sync", int)()  # the replay buffer too; Windows has no such call
-            os.replace(run_folder / "checkpoint.tmp", run_folder / f"checkpoint_{global_step:010d}.pt")
-            for old in sorted(run_folder.glob("checkpoint_*.pt"))[:-2]:
-                old.unlink()
-        stop and fail(f"stopped at step {global_step}; go on with --resume {run_folder}", code=128 + stop[0])
-    networks = {"actor": agent.acting_actor.state_dict(), "critic": agent.critic.state_dict(), "config": config}
-    args.save_model and torch.save(networks, run_folder / "model.pt")
+
+        # once in 100 policy updates, also where updates_per_step jumps over the hundredth
+        log_due = num_updates % (100 * args.policy_frequency) < args.updates_per_step
+        if learning and (log_due or global_step == last_step):
+            scalars = {tag: value.item() for tag, value in info.items()}
+            check_finite(place, **scalars)
+            scalars["charts/SPS"] = global_step / (time.time() - start_time)
+            for tag, value in scalars.items():
+                writer.add_scalar(tag, value, global_step)
+        if learning and not on_gpu and args.preset is None and len(times) < 20:
+            times.append(time.time())
+            if len(times) == 20:  # the median leaves out compilation
+                hours = np.median(np.diff(times)) * (last_step - global_step) / args.num_envs / 3600
+                tqdm.write(f"the rest takes {hours:.1f} hours on this CPU; --preset laptop takes minutes")
+
+        # a checkpoint comes before an evaluation, which may take long; the first one shows a full disk
+        evaluation_due = is_due(global_step, args.eval_frequency, args)
+        checkpoint_due = is_due(global_step, args.checkpoint_frequency, args) or global_step == steps[0]
+        saving = checkpoint_due or evaluation_due or len(received_signals) > 0
+        if saving:
+            weights = torch.nn.utils.parameters_to_vector(agent.parameters())
+            check_finite(place, weight=weights.detach().cpu())
+            state = {
+                "format": CHECKPOINT_FORMAT,
+                "args": asdict(args),
+                "obs_dim": obs_dim,
+                "action_box": (box.low.tolist(), box.high.tolist(), str(box.dtype)),
+                "global_step": global_step,
+                "seconds": time.time() - start_time,
+                "num_updates": num_updates,
+                "num_added": num_added if args.checkpoint_buffer else 0,
+                "agent": agent.state_dict(),
+                "optimizers": {name: x.state_dict() for name, x in agent.optimizers.items()},
+                "cpu_generator": torch.get_rng_state(),
+                "gpu_generator": torch.cuda.get_rng_state() if on_gpu else None,
+            }
+            save_checkpoint(run_folder / f"checkpoint_{global_step:010d}.pt", state)
+            with writing(run_folder):
+                writer.flush()
+        if evaluation_due and not received_signals:
+            evaluate_at(global_step)
+        if saving and received_signals:
+            message = f"stopped at step {global_step}; go on with --resume {run_folder}"
+            exit_with_error(message, code=128 + received_signals[0])
+
+    if args.save_model:
+        networks = {"actor": agent.actor.state_dict(), "critic": agent.critic.state_dict()}
+        with writing(run_folder):
+            torch.save(networks | {"config": config}, run_folder / "model.pt")
+    envs.close()
