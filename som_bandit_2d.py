@@ -5,53 +5,62 @@
 """SOM and MFP (https://arxiv.org/abs/2605.23365 and 2602.13810) on two-dimensional bandits, in one file.
 
 Run it: python som_bandit_2d.py --task eight-gaussians
-Both are trained fully online, as in RL: actions come from the policy, each has its reward queried once, and a critic
-is regressed on them (--oracle-critic: the true reward in its place). The paper's Figures 5, 6 and 13 to 18 and
-results.json with every number in them go to runs/<run name>/. The method's functions are those of the other scripts.
+Both are trained online, as in RL: actions come from the policy, the reward of each is queried once,
+and a critic is regressed on these rewards (--oracle-critic: the true reward in its place). The
+paper's Figures 5, 6 and 13 to 18 go to runs/<run name>/, with their numbers in results.json. The
+functions of the method are those of the other scripts, to the letter.
 
-Conventions: t = 1 is noise, t = 0 is the action, 0 <= r <= t <= 1; alpha is an INVERSE temperature. Actions live in
-[-BOX, BOX]^2. The only state is a zero: B copies of it, (B, 1); networks take N actions in each, (B, N, A), A = 2.
+Conventions: t = 1 is noise, t = 0 is the action, 0 <= r <= t <= 1; alpha is an INVERSE temperature.
+Actions live in [-BOX, BOX]^2. A bandit has no state: the networks get a zero, (B, 1).
+Shapes: B states, N actions in each of them, 2 coordinates: (B, N, 2); without states (M, 2).
 """
 
+import contextlib
 import copy
 import json
 import math
+import multiprocessing
 import os
-import pathlib
+import signal
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
 from itertools import pairwise
+from pathlib import Path
 from typing import Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 import tyro
 from scipy.optimize import linear_sum_assignment
 from tqdm import tqdm
 
 plt.switch_backend("Agg")  # draws without a display
-BOX = 2.5  # half-width of the action box
+BOX = 2.5  # half the width of the box of actions
 RADIUS = 0.5  # an action counts for a mode within this distance of a centre (Appendix H.3)
 NUM_SAMPLES = 2000  # one-step actions behind every number
 NUM_ODE_STEPS = 100  # Euler steps of the probability-flow ODE
-GRID = torch.stack(torch.meshgrid(2 * [torch.linspace(-BOX, BOX, 81)], indexing="xy"), dim=-1)  # (81, 81, 2)
+FILM_SHARES = (0.03, 0.06, 0.12, 0.25, 0.5, 1.0)  # of the training, at the frames of training.png
+AXIS = torch.linspace(-BOX, BOX, 81)
+GRID = torch.stack(torch.meshgrid(AXIS, AXIS, indexing="xy"), dim=-1)  # (81, 81, 2)
 
 
 @dataclass
 class Args:
     exp_name: str = "som_bandit_2d"  # name of the experiment, a part of the run's folder
     seed: int = 1  # seed of networks, noise and rewards
-    task: Literal["eight-gaussians", "two-moons", "checkerboard"] = "eight-gaussians"  # the reward (Appendix F)
-    oracle_critic: bool = False  # the true reward in the critic's place: what is left is not the critic's error
-    reward_noise: float = 0.0  # std of the noise on each queried reward (Appendix H.1); draws the robustness grid
-    bump_scale: float = 0.0  # height of a bump added to the reward at the origin (Appendix H.2, c); draws it too
-    bump_std: float = 0.5  # its width (Appendix H.2, sigma)
+    task: Literal["eight-gaussians", "two-moons", "checkerboard"] = "eight-gaussians"  # the reward
+    oracle_critic: bool = False  # the true reward in the critic's place, hence no error of the critic
+    reward_noise: float = 0.0  # std of the noise on each reward (Appendix H.1), adds robustness.png
+    bump_scale: float = 0.0  # height of a bump in the reward at 0 (Appendix H.2, c), adds it too
+    bump_std: float = 0.5  # width of the bump (Appendix H.2, sigma)
     # Algorithm specific arguments
     total_updates: int = 2_000  # updates of each policy
     num_envs: int = 64  # actions tried before each update, one reward query each
@@ -59,173 +68,252 @@ class Args:
     batch_size: int = 256  # actions in an update (B)
     policy_lr: float = 4e-3  # learning rate of the policy, falls linearly to 0
     q_lr: float = 2e-2  # learning rate of the critic, falls linearly to 0
-    q_updates: int = 4  # updates of the critic for each of the policy, each on a batch of its own
+    q_updates: int = 4  # updates of the critic per policy update, each on a batch of its own
     hidden_dim: int = 128  # width of the policy's 3 hidden layers
     q_hidden_dim: int = 32  # width of the critic's 2 hidden layers
     num_frequencies: int = 1  # sines and cosines of time: 1 rad alone; 8 fill 1 to 3 rad
     policy_tau: float = 0.005  # rate of the moving average of the policy that acts
     noise_scale: float = 0.1  # std of the exploration noise
-    zero_r_ratio: float = 0.5  # share of the batch with r = 0, as in one-step acting
-    reference: Literal["uniform", "prior"] = "prior"  # p_0 ~ exp(alpha Q), the paper's; or ~ N(0, I) exp(alpha Q)
+    zero_r_ratio: float = 0.5  # share of r = 0 in a batch, as in acting
+    reference: Literal["uniform", "prior"] = "prior"  # p_0 ~ exp(alpha Q) as in the paper, or N(0, I) exp(alpha Q)
     inverse_temperature: float = 10.0  # alpha
     num_mc_samples: int = 128  # Monte-Carlo samples of the score (K)
-    estimator: Literal["mixed", "gradient"] = "mixed"  # see mix_score; # differs from the paper: gradient
-    score_scale: float = 10.0  # norm of the rescaled score of Eq 8 (w), uniform only; # differs from the paper: 25
+    estimator: Literal["mixed", "gradient"] = "mixed"  # mix_score; # differs from the paper: gradient
+    score_scale: float = 10.0  # w of Eq 8, uniform only; # differs from the paper: 25
     beta_max: float = 1.0  # beta(1) of the VP schedule, uniform only; beta(0) is 0.1
     best_of_n: int = 32  # MFP: candidate actions in acting and imitation (N)
 
 
-class Bandit:
-    """A mixture of Gaussians as the reward, divided by its maximum (Appendix F), and its perturbations (Appendix H)."""
+# A task is a mixture: its centres (modes, 2), weights (modes,), std, and indices of its high modes
+def eight_gaussians():
+    angles = torch.arange(8) * math.pi / 4
+    circle = torch.stack([angles.cos(), angles.sin()], dim=1)
+    weights = torch.tensor(4 * [2.0, 1.0])
+    high_modes = {"N": [2], "E": [0], "S": [6], "W": [4]}
+    return math.sqrt(2) * circle, weights, 0.3, high_modes
 
-    def __init__(self, task: str, noise: float = 0.0, bump_scale: float = 0.0, bump_std: float = 0.5):
-        self.noise, self.bump_scale, self.bump_std = noise, bump_scale, bump_std
-        if task == "eight-gaussians":
-            angles = torch.arange(8) * math.pi / 4
-            self.centres, self.std = math.sqrt(2) * torch.stack([angles.cos(), angles.sin()], dim=1), 0.3
-            self.weights = torch.tensor([2.0, 1.0] * 4)
-            self.high_modes = {"N": [2], "E": [0], "S": [6], "W": [4]}
-        elif task == "two-moons":
-            angles, shift = torch.linspace(0, math.pi, 12), torch.tensor([0.5, 0.25])
-            upper = 1.2 * (torch.stack([angles.cos(), angles.sin()], dim=1) - shift)
-            self.centres, self.std, self.weights = torch.cat([upper, -upper]), 0.2, torch.ones(24)
-            names = "upper W", "upper E", "lower W", "lower E"
-            self.high_modes = {name: [*range(i, i + 6)] for name, i in zip(names, (6, 0, 12, 18), strict=True)}
-        else:
-            row, column = torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij")
-            row, column = row[(row + column) % 2 == 0], column[(row + column) % 2 == 0]
-            self.centres, self.std = torch.stack([column - 1.5, row - 1.5], dim=1), 0.25
-            self.weights = torch.where(row % 2 == 0, 2.0, 1.0)
-            self.high_modes = {"NW": [4], "NE": [5], "SW": [0], "SE": [1]}
-        self.low_modes = torch.nonzero(self.weights < self.weights.max()).flatten().tolist()
-        self.max_density, peak = 1.0, self.centres
+
+def two_moons():
+    angles = torch.linspace(0, math.pi, 12)
+    circle = torch.stack([angles.cos(), angles.sin()], dim=1)
+    upper = 1.2 * (circle - torch.tensor([0.5, 0.25]))
+    high_modes = {
+        "upper W": list(range(6, 12)),
+        "upper E": list(range(6)),
+        "lower W": list(range(12, 18)),
+        "lower E": list(range(18, 24)),
+    }
+    return torch.cat([upper, -upper]), torch.ones(24), 0.2, high_modes
+
+
+def checkerboard():
+    cells = torch.cartesian_prod(torch.arange(4), torch.arange(4))  # (16, 2)
+    row, column = cells[cells.sum(dim=1) % 2 == 0].T  # of the dark ones
+    centres = torch.stack([column - 1.5, row - 1.5], dim=1)
+    weights = torch.where(row % 2 == 0, 2.0, 1.0)
+    high_modes = {"NW": [4], "NE": [5], "SW": [0], "SE": [1]}
+    return centres, weights, 0.25, high_modes
+
+
+TASKS = {"eight-gaussians": eight_gaussians, "two-moons": two_moons, "checkerboard": checkerboard}
+
+
+class Bandit:
+    """The reward: a mixture of Gaussians over its maximum (Appendix F), perturbed or not (H)."""
+
+    def __init__(self, task, noise=0.0, bump_scale=0.0, bump_std=0.5):
+        self.noise = noise
+        self.bump_scale = bump_scale
+        self.bump_std = bump_std
+        self.centres, self.weights, self.std, self.high_modes = TASKS[task]()
+        is_low = self.weights < self.weights.max()
+        self.low_modes = torch.nonzero(is_low).flatten().tolist()
+        self.max_density = 1.0
+        peak = self.centres
         for _ in range(200):  # mean shift climbs from the centres to the maximum
             peak = self.log_components(peak).softmax(dim=1) @ self.centres
         self.max_density = self.reward(peak).max().item()
 
-    def log_components(self, a: torch.Tensor) -> torch.Tensor:
-        """log w_i exp(-|a - m_i|^2 / 2 std^2) (M, modes) of actions (M, 2); the square is expanded: one product."""
-        scaled, centres = a / self.std, self.centres / self.std
-        offset = self.weights.log() - 0.5 * centres.square().sum(dim=1) - math.log(self.max_density)
-        return torch.addmm(offset, scaled, centres.T) - 0.5 * scaled.square().sum(dim=1, keepdim=True)
+    def log_components(self, a):
+        """log(w_i exp(-|a - m_i|^2 / 2 std^2) / max_density) (..., modes) of actions (..., 2)."""
+        scaled = a / self.std
+        centres = self.centres / self.std
+        log_weights = self.weights.log() - math.log(self.max_density)
+        # the square is expanded: one matrix product in place of all differences
+        constant = log_weights - 0.5 * centres.square().sum(dim=1)  # (modes,)
+        square = scaled.square().sum(dim=-1, keepdim=True)  # (..., 1)
+        return scaled @ centres.T + (constant - 0.5 * square)
 
-    def reward(self, a: torch.Tensor) -> torch.Tensor:
+    def log_reward(self, a):
+        return self.log_components(a).logsumexp(dim=-1)
+
+    def reward(self, a):
         """Rewards in [0, 1] of any number of actions (..., 2)."""
-        return self.log_components(a.reshape(-1, 2)).exp().sum(dim=1).reshape(a.shape[:-1])
+        return self.log_components(a).exp().sum(dim=-1)
 
-    def query(self, a: torch.Tensor) -> torch.Tensor:
-        """One answer for each of the actions (M, 2): the reward, the bump at the origin and noise (Appendix H)."""
-        bump = self.bump_scale * torch.exp(-0.5 * (a / self.bump_std).square().sum(dim=1))
-        return self.reward(a) + bump + self.noise * torch.randn(len(a))
+    def query(self, a):
+        """An answer for each action (M, 2): the reward, with bump and noise (Appendix H)."""
+        distance = a.norm(dim=1) / self.bump_std
+        bump = self.bump_scale * torch.exp(-0.5 * distance.square())
+        noise = self.noise * torch.randn(len(a))
+        return self.reward(a) + bump + noise
 
-    def mode_counts(self, a: torch.Tensor) -> dict[str, int]:
-        """How many of the actions (M, 2) are within RADIUS of each high mode, and of any low one (Appendix H.3)."""
-        near = (a.unsqueeze(1) - self.centres).norm(dim=-1) <= RADIUS  # (M, modes)
-        groups = (self.high_modes | {"low": self.low_modes}).items()
-        return {name: int(near[:, group].any(dim=1).sum()) for name, group in groups}
+    def mode_counts(self, a):
+        """How many actions (M, 2) are near each high mode, and near a low one (Appendix H.3)."""
+        distances = (a.unsqueeze(1) - self.centres).norm(dim=-1)  # (M, modes)
+        counts = {}
+        for name, modes in [*self.high_modes.items(), ("low", self.low_modes)]:
+            is_near = (distances[:, modes] <= RADIUS).any(dim=1)
+            counts[name] = int(is_near.sum())
+        return counts
 
 
 # ALGO LOGIC: initialize agent here
 class EnsembleMLP(nn.Module):
-    """GELU networks in one batched product: B states (B, O), N inputs for each (B, N, D) -> (size, B, N, out)."""
+    """GELU networks evaluated together: obs (B, O), N inputs (B, N, D) -> (size, B, N, out).
 
-    def __init__(self, size: int, obs_dim: int, in_dim: int, out_dim: int, hidden_dim: int, num_layers: int):
+    The first layer's product with the state is computed once per state and shared by its N inputs.
+    """
+
+    def __init__(self, size, obs_dim, in_dim, out_dim, hidden_dim, num_layers):
         super().__init__()
-        dims = [obs_dim + in_dim, *num_layers * [hidden_dim], out_dim]  # weights (size, in, out), biases (size, 1, out)
-        init = [(torch.empty(size, i + 1, o).uniform_(-1, 1) / i**0.5).split([i, 1], 1) for i, o in pairwise(dims)]
-        self.weights, self.biases = (nn.ParameterList(x.clone() for x in xs) for xs in zip(*init, strict=True))
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
+        widths = [obs_dim + in_dim] + num_layers * [hidden_dim] + [out_dim]
+        for fan_in, fan_out in pairwise(widths):
+            bound = fan_in**-0.5  # as in nn.Linear
+            self.weights.append(torch.empty(size, fan_in, fan_out).uniform_(-bound, bound))
+            self.biases.append(torch.empty(size, 1, fan_out).uniform_(-bound, bound))
 
-    def forward(self, obs: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        w_obs, w_x = self.weights[0].split([obs.shape[1], x.shape[2]], dim=1)
-        h_obs = torch.baddbmm(self.biases[0], obs.expand(len(w_obs), -1, -1), w_obs)  # (size, B, H), once for N inputs
-        h = (h_obs.unsqueeze(2) + (x.flatten(0, 1) @ w_x).unflatten(1, x.shape[:2])).flatten(1, 2)  # (size, B * N, H)
-        for w, b in list(zip(self.weights, self.biases, strict=True))[1:]:
-            h = torch.baddbmm(b, nn.functional.gelu(h), w)
-        return h.unflatten(1, x.shape[:2])
+    def forward(self, obs, x, hidden_dtype=None):
+        """hidden_dtype: of the hidden layers; the last product always has the dtype of x."""
+        B, N, D = x.shape
+        dtype = hidden_dtype or x.dtype
+        layers = list(zip(self.weights, self.biases, strict=True))
+        w, b = layers[0]
+        w_obs, w_x = w.to(dtype).split([obs.shape[1], D], dim=1)
+        h_obs = obs.to(dtype) @ w_obs + b.to(dtype)  # (size, B, H)
+        h_x = (x.to(dtype).flatten(0, 1) @ w_x).unflatten(1, (B, N))  # (size, B, N, H)
+        h = (h_obs.unsqueeze(2) + h_x).flatten(1, 2)  # (size, B * N, H), before the activation
+        for w, b in layers[1:-1]:
+            h = F.gelu(h) @ w.to(dtype) + b.to(dtype)
+        w, b = layers[-1]
+        out = F.gelu(h.to(x.dtype)) @ w + b
+        return out.unflatten(1, (B, N))
 
 
 class MeanFlowActor(EnsembleMLP):
-    """Average velocity u(a_t, r, t, s): N actions (B, N, A) at times r, t (B, N, 1) in B states (B, O) -> (B, N, A)."""
+    """Average velocity u(a_t, r, t, s) (B, N, A) of actions (B, N, A) at times r, t (B, N, 1)."""
 
-    def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int, num_layers: int, num_frequencies: int = 8):
+    def __init__(self, obs_dim, act_dim, hidden_dim, num_layers, num_frequencies=8):
         super().__init__(1, obs_dim, act_dim + 4 * num_frequencies, act_dim, hidden_dim, num_layers)
-        # radians over t in [0, 1]: the loss multiplies du/dt, and much higher frequencies keep MeanFlow from training
+        # radians over t in [0, 1]. The target has du/dt in it, which high frequencies blow up
         self.register_buffer("frequencies", torch.linspace(1.0, 3.0, num_frequencies))
 
-    def forward(self, obs: torch.Tensor, a_t: torch.Tensor, r: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        phase_t, phase_dt = t * self.frequencies, (t - r) * self.frequencies  # (B, N, num_frequencies)
-        embedding = phase_t.sin(), phase_t.cos(), phase_dt.sin(), phase_dt.cos()
-        return super().forward(obs, torch.cat([a_t, *embedding], dim=-1)).squeeze(0)
+    def forward(self, obs, a_t, r, t):
+        phase_t = t * self.frequencies  # (B, N, num_frequencies)
+        phase_dt = (t - r) * self.frequencies
+        times = [phase_t.sin(), phase_t.cos(), phase_dt.sin(), phase_dt.cos()]
+        return super().forward(obs, torch.cat([a_t, *times], dim=-1)).squeeze(0)
 
 
-# ALGO LOGIC: the method. Forward SDE da = f a dt + g dW, a_t = mu a_0 + sigma eps; schedules return mu, sigma, f, g^2.
+# ALGO LOGIC: the method
+# A schedule returns mu, sigma, f, g^2 of da = f(t) a dt + g(t) dW, a_t = mu(t) a_0 + sigma(t) eps
 def vp_schedule(t, beta_min, beta_max):
     """Variance preserving, beta(t) = beta_min + t (beta_max - beta_min) (Eq 1)."""
     beta = beta_min + t * (beta_max - beta_min)
     int_beta = beta_min * t + 0.5 * t**2 * (beta_max - beta_min)
-    return torch.exp(-0.5 * int_beta), torch.sqrt(-torch.expm1(-int_beta)), -0.5 * beta, beta
+    sigma = torch.sqrt(-torch.expm1(-int_beta))
+    return torch.exp(-0.5 * int_beta), sigma, -0.5 * beta, beta
 
 
 def cosine_schedule(t):
-    """Variance preserving, mu = cos(pi t / 2); its beta = pi tan(pi t / 2) is unbounded: the last 1e-3 is cut off."""
+    """Variance preserving, mu = cos(pi t / 2). beta = pi tan(pi t / 2) is unbounded: t <= 0.999."""
     angle = 0.5 * math.pi * t.clamp(max=0.999)
     beta = math.pi * torch.tan(angle)
     return torch.cos(angle), torch.sin(angle), -0.5 * beta, beta
 
 
 def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q_norm=None, clip=True):
-    """Monte-Carlo score grad log p_t(a_t|s) (B, A) (Eq 4 and 5), and the logits alpha Q (B, K) of its samples.
+    """Monte-Carlo score grad log p_t(a_t|s) (B, A) (Eq 4, 5), and its samples' logits alpha Q (B, K).
 
-    q_fn: (B, O), (B, K, A) -> (B, K). a_t: (B, A). mu, sigma: (B, 1). eps: (B, K, A) standard normal.
-    reference: p_0 ~ exp(alpha Q) ("uniform") or p_0 ~ N(0, I) exp(alpha Q) ("prior", beyond the paper).
-    q_norm: Q is divided by its std over all samples ("batch"), or by the mean over states of that of K ("state").
-    clip: Q is asked inside [-1, 1]^A only, where it was trained; outside, the gradient is zero."""
+    q_fn: (B, O), (B, K, A) -> (B, K). a_t: (B, A). mu, sigma: (B, 1). eps: (B, K, A) normal.
+    reference: p_0 ~ exp(alpha Q) ("uniform") or N(0, I) exp(alpha Q) ("prior", beyond the paper).
+    q_norm: divide Q by one number, its std over B and K ("batch") or the mean of its stds over K ("state").
+    clip: evaluate Q inside [-1, 1]^A only, where it was trained; the gradient outside is zero.
+    """
 
     def log_sum_exp(a_t):
-        # prior: the square of N(a_0; 0, I) N(a_t; mu a_0, sigma^2 I) completed
-        center, std = (a_t / mu, sigma / mu) if reference == "uniform" else (mu * a_t, sigma)
+        if reference == "uniform":
+            center = a_t / mu
+            std = sigma / mu
+        else:  # N(a_0; 0, I) N(a_t; mu a_0, sigma^2 I) as a Gaussian in a_0: complete the square
+            center = mu * a_t
+            std = sigma
         a_0 = center.unsqueeze(1) + std.unsqueeze(1) * eps  # (B, K, A)
         q = q_fn(obs, a_0.clamp(-1, 1) if clip else a_0)  # (B, K)
-        if q_norm is not None:
-            q = q / ((q.std() if q_norm == "batch" else q.std(dim=1).mean()).detach() + 1e-6)
-        return torch.logsumexp(alpha * q, dim=1).sum(), alpha * q
+        if q_norm == "batch":
+            q = q / (q.std().detach() + 1e-6)
+        elif q_norm == "state":
+            q = q / (q.std(dim=1).mean().detach() + 1e-6)
+        logits = alpha * q
+        return torch.logsumexp(logits, dim=1).sum(), logits
 
-    with torch.no_grad():  # the gradient with respect to a_t alone: none to the critic's weights
+    # func.grad differentiates under no_grad too, which only avoids a graph to the critic's weights
+    with torch.no_grad():
         score, logits = torch.func.grad(log_sum_exp, has_aux=True)(a_t)
-    return (score if reference == "uniform" else score - a_t), logits
+    if reference == "prior":
+        score = score - a_t
+    return score, logits
 
 
 def mix_score(score, logits, a_t, mu, sigma, eps, reference, local_var):
-    """The score (B, A) of estimate_score mixed with a second estimate of it from the same samples and logits.
+    """The score (B, 2) of estimate_score, mixed with a second estimate from the same samples.
 
-    Integrated by parts, the gradient of log E exp(alpha Q) is also the softmax-weighted mean of eps, times 1/sigma
-    (prior: mu/sigma, minus a_t). That has little variance at large sigma, the gradient of Q at small; the mixture
-    has none at all where exp(alpha Q) is one Gaussian of variance local_var.
+    Integrated by parts, the gradient of log E exp(alpha Q) is also the mean of eps with the weights
+    softmax(alpha Q), times 1 / sigma (prior: mu / sigma, minus a_t). This has little variance at
+    large sigma, the gradient of Q at small sigma. The mixture has none at all where exp(alpha Q) is
+    one Gaussian of variance local_var.
     """
-    eps_mean = (logits.softmax(dim=1).unsqueeze(-1) * eps).sum(dim=1)  # (B, A)
-    total = sigma.square() + (local_var if reference == "prior" else local_var * mu.square())  # (B, 1)
-    share = sigma.square() / total
-    if reference == "prior":
-        return (1 - share) * score + mu * sigma / total * eps_mean - share * a_t
-    return (1 - share) * score + sigma / total * eps_mean
+    weights = logits.softmax(dim=1).unsqueeze(-1)  # (B, K, 1)
+    eps_mean = (weights * eps).sum(dim=1)  # (B, 2)
+    if reference == "uniform":
+        total_var = sigma.square() + mu.square() * local_var  # (B, 1)
+        second = sigma / total_var * eps_mean
+    else:
+        total_var = sigma.square() + local_var
+        second = mu * sigma / total_var * eps_mean - sigma.square() / total_var * a_t
+    return (1 - sigma.square() / total_var) * score + second
+
+
+def lattice_noise(points, shift):
+    """Standard normal eps (B, K, A): points (K, A) of the unit cube, shifted modulo 1 (B, 1, A).
+
+    With a uniform shift every sample is normal, and the K samples of a state lie evenly.
+    """
+    uniform = (points + shift) % 1.0  # (B, K, A)
+    return torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6))
 
 
 def pf_ode_velocity(a_t, score, f, g2, score_scale=None):
-    """Velocity f a_t - g^2/2 score (B, A) of the probability-flow ODE (Eq 2, 6, B.2); score_scale is w of Eq 8."""
+    """Velocity f a_t - g^2/2 score (B, A) of the PF-ODE (Eq 2, 6, B.2). score_scale: w of Eq 8."""
     if score_scale is not None:
         score = score_scale * score / (score.norm(dim=-1, keepdim=True) + 1e-6)
     return f * a_t - 0.5 * g2 * score
 
 
 def sample_r_t(uniform, zero_r_ratio=0.0):
-    """Two uniform numbers (B, 2) as times r <= t, each (B, 1) (Algorithm 1); r = 0 in a share of the rows."""
-    r, t = uniform.amin(dim=1, keepdim=True), uniform.amax(dim=1, keepdim=True)
-    return r * (torch.arange(len(r), device=r.device).unsqueeze(1) >= zero_r_ratio * len(r)), t
+    """Uniform numbers (B, 2) as times r <= t, each (B, 1) (Algorithm 1); r = 0 in a share of them."""
+    r = uniform.amin(dim=1, keepdim=True)
+    t = uniform.amax(dim=1, keepdim=True)
+    row = torch.arange(len(r), device=r.device).unsqueeze(1)  # the rows are in no order
+    return r * (row >= zero_r_ratio * len(r)), t
 
 
 def meanflow_loss(u_fn, a_t, r, t, v):
-    """Squared error (B, N) of u_fn(a_t, r, t) against stopgrad(v - (t - r) du/dt) (Eq 7), and du/dt (B, N, A)."""
-    u, dudt = torch.func.jvp(u_fn, (a_t, r, t), (v, torch.zeros_like(r), torch.ones_like(t)))  # along the flow
+    """Squared error (B, N) of u_fn against stopgrad(v - (t - r) du/dt) (Eq 7), and du/dt (B, N, A)."""
+    tangents = (v, torch.zeros_like(r), torch.ones_like(t))  # along the flow, da_t/dt = v
+    u, dudt = torch.func.jvp(u_fn, (a_t, r, t), tangents)
     u_tgt = (v - (t - r) * dudt).detach()
     return (u - u_tgt).square().sum(dim=-1), dudt.detach()
 
@@ -233,267 +321,445 @@ def meanflow_loss(u_fn, a_t, r, t, v):
 def mfp_loss(u_fn, a_t, r, t, v, tangent="marginal"):
     """L_MF and L_IVC (B, N) of u_fn(a_t, r, t), and du/dt (B, N, A) along the flow.
 
-    tangent: the flow's direction is u_fn's own velocity u(a_t, t, t) ("marginal"), or the path's v ("conditional").
+    tangent: along u_fn's own velocity u(a_t, t, t) ("marginal"), or the path's v ("conditional").
     """
     u_tt = u_fn(a_t, t, t)
     velocity = u_tt.detach() if tangent == "marginal" else v
-    u, dudt = torch.func.jvp(u_fn, (a_t, r, t), (velocity, torch.zeros_like(r), torch.ones_like(t)))
+    tangents = (velocity, torch.zeros_like(r), torch.ones_like(t))  # along the flow
+    u, dudt = torch.func.jvp(u_fn, (a_t, r, t), tangents)
     u_tgt = (v - (t - r) * dudt).detach()
-    return (u - u_tgt).square().sum(dim=-1), (u_tt - v).square().sum(dim=-1), dudt.detach()
+    mf = (u - u_tgt).square().sum(dim=-1)
+    ivc = (u_tt - v).square().sum(dim=-1)
+    return mf, ivc, dudt.detach()
 
 
 def best_of_n(u_fn, q_fn, obs, noise):
-    """One-step actions noise - u(noise, 0, 1, s): the one of highest Q (B, A), and all N (B, N, A) (Algorithm 1)."""
-    r = torch.zeros_like(noise[..., :1])
-    candidates = (noise - u_fn(obs, noise, r, r + 1)).clamp(-1, 1)
-    return candidates[torch.arange(len(obs), device=obs.device), q_fn(obs, candidates).argmax(dim=1)], candidates
+    """Of the actions noise - u(noise, 0, 1, s) (B, N, A) the best by Q (B, A), and all (Algorithm 1)."""
+    r = torch.zeros_like(noise[..., :1])  # (B, N, 1)
+    t = torch.ones_like(r)
+    candidates = (noise - u_fn(obs, noise, r, t)).clamp(-1, 1)
+    best = q_fn(obs, candidates).argmax(dim=1)  # (B,)
+    return candidates[torch.arange(len(obs), device=obs.device), best], candidates
 
 
-class Agent:  # a policy and its critic, trained by method "som" or "mfp"
-    def __init__(self, args: Args, method: str, bandit: Bandit):
-        self.args, self.method, self.bandit, self.num_updates = args, method, bandit, 0
+class Agent:
+    """A policy and its critic, trained by method "som" or "mfp"."""
+
+    def __init__(self, args, method, bandit):
+        self.args = args
+        self.method = method
+        self.bandit = bandit
+        self.num_updates = 0
         self.actor = MeanFlowActor(1, 2, args.hidden_dim, 3, args.num_frequencies)
-        self.acting_actor = copy.deepcopy(self.actor).requires_grad_(False)
+        self.acting_actor = copy.deepcopy(self.actor).requires_grad_(False)  # its moving average
         self.critic = EnsembleMLP(1, 1, 2, 1, args.q_hidden_dim, 2)
-        groups = (self.actor, args.policy_lr), (self.critic, args.q_lr)
-        self.optimizer = torch.optim.Adam([{"params": [*net.parameters()], "lr": lr} for net, lr in groups], fused=True)
-        self.decay = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.0, args.total_updates)
-        self.sobol = torch.quasirandom.SobolEngine(2, scramble=True, seed=args.seed).draw(args.num_mc_samples)  # (K, 2)
-        vp_beta = partial(vp_schedule, beta_min=0.1, beta_max=args.beta_max)
-        self.schedule = cosine_schedule if args.reference == "prior" else vp_beta
+        self.optimizers = {
+            "actor": torch.optim.Adam(self.actor.parameters(), fused=True),
+            "critic": torch.optim.Adam(self.critic.parameters(), fused=True),
+        }
+        self.learning_rates = {"actor": args.policy_lr, "critic": args.q_lr}  # at the start
+        sobol = torch.quasirandom.SobolEngine(2, scramble=True, seed=args.seed)
+        self.points = sobol.draw(args.num_mc_samples)  # (K, 2)
 
-    def q_fn(self, obs: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-        """Q (B, N) of actions (B, N, 2); the critic is asked inside the box only."""
-        return self.bandit.reward(a) if self.args.oracle_critic else self.critic(obs, a.clamp(-BOX, BOX))[0, :, :, 0]
+    def schedule(self, t):
+        if self.args.reference == "prior":
+            return cosine_schedule(t)
+        return vp_schedule(t, 0.1, self.args.beta_max)
+
+    def q_fn(self, obs, a):
+        """Q (B, N) of actions (B, N, 2). The critic is asked inside the box only."""
+        if self.args.oracle_critic:
+            return self.bandit.reward(a)
+        return self.critic(obs, a.clamp(-BOX, BOX))[0, :, :, 0]
 
     @torch.no_grad()
-    def act(self, noise: torch.Tensor) -> torch.Tensor:
-        """Of the one-step actions of noise (B, N, 2) the best (B, 2); best_of_n works in units of BOX."""
-        obs, u_fn = torch.zeros(len(noise), 1), lambda obs, a, r, t: self.acting_actor(obs, BOX * a, r, t) / BOX
-        return BOX * best_of_n(u_fn, lambda obs, a: self.q_fn(obs, BOX * a), obs, noise / BOX)[0]
+    def act(self, noise):
+        """Of the one-step actions of noise (B, N, 2) the best by Q (B, 2)."""
 
-    def denoise(self, noise: torch.Tensor, t: float) -> torch.Tensor:
-        """Where noise (M, 2) is at time t: eps - (1 - t) u(eps, t, 1), one network evaluation too."""
-        end = torch.ones(len(noise), 1, 1)
-        return noise - (1 - t) * self.acting_actor(end[:, 0] - 1, noise.unsqueeze(1), t * end, end).squeeze(1)
+        def u_fn(obs, a, r, t):  # best_of_n clips to [-1, 1]: it gets everything in units of BOX
+            return self.acting_actor(obs, BOX * a, r, t) / BOX
 
-    def velocity(self, a_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Velocity (B, 2) of the probability-flow ODE of exp(alpha Q), at a_t (B, 2) and t (B, 1)."""
-        args, (mu, sigma, f, g2) = self.args, self.schedule(t)
-        # differs from the paper: Sobol points, for each row shifted around the torus, in place of independent ones
-        eps = torch.special.ndtri((self.sobol + torch.rand(len(a_t), 1, 2)).frac().clamp(1e-5, 1 - 1e-5))  # (B, K, 2)
-        alpha, reference, obs = args.inverse_temperature, args.reference, torch.zeros(len(a_t), 1)
-        score, logits = estimate_score(self.q_fn, obs, a_t, mu, sigma, eps, alpha, reference, clip=False)
+        def q_fn(obs, a):
+            return self.q_fn(obs, BOX * a)
+
+        obs = torch.zeros(len(noise), 1)
+        best, _ = best_of_n(u_fn, q_fn, obs, noise / BOX)
+        return BOX * best
+
+    def denoise(self, noise, t):
+        """Where noise (M, 2) is at time t, in one step as well: eps - (1 - t) u(eps, t, 1)."""
+        obs = torch.zeros(len(noise), 1)
+        one = torch.ones(len(noise), 1, 1)
+        u = self.acting_actor(obs, noise.unsqueeze(1), t * one, one).squeeze(1)
+        return noise - (1 - t) * u
+
+    def velocity(self, a_t, t):
+        """Velocity (B, 2) of the PF-ODE of exp(alpha Q) (Eq 5 to 8), at a_t (B, 2) and t (B, 1)."""
+        args = self.args
+        mu, sigma, f, g2 = self.schedule(t)
+        # differs from the paper: the noise is evenly spread points, shifted modulo 1 for each row
+        uniform = (self.points + torch.rand(len(a_t), 1, 2)) % 1.0  # (B, K, 2)
+        eps = torch.special.ndtri(uniform.clamp(1e-5, 1 - 1e-5))  # standard normal
+        obs = torch.zeros(len(a_t), 1)
+        alpha = args.inverse_temperature
+        path = (a_t, mu, sigma, eps)
+        score, logits = estimate_score(self.q_fn, obs, *path, alpha, args.reference, clip=False)
         if args.estimator == "mixed":
             local_var = self.bandit.std**2 / alpha  # of exp(alpha Q) around a mode
-            score = mix_score(score, logits, a_t, mu, sigma, eps, reference, local_var)
-        return pf_ode_velocity(a_t, score, f, g2, args.score_scale if reference == "uniform" else None)
+            score = mix_score(score, logits, *path, args.reference, local_var)
+        score_scale = args.score_scale if args.reference == "uniform" else None
+        return pf_ode_velocity(a_t, score, f, g2, score_scale)
 
-    def actor_loss(self, actions: torch.Tensor) -> torch.Tensor:
-        """SOM: regression on the velocity field around actions (B, 2). MFP: on straight paths to its best of N."""
-        args, B, obs = self.args, len(actions), torch.zeros(len(actions), 1)
-        (r, t), eps = sample_r_t(torch.rand(B, 2), args.zero_r_ratio), torch.randn(B, 2)
+    def update(self, actions, rewards):
+        """One step of the policy, and one of the critic for each of S batches; their losses.
+
+        actions: (S, B, 2). rewards: (S, B). The policy's step is on the first batch.
+        """
+        remaining = 1 - self.num_updates / self.args.total_updates
+        for name, optimizer in self.optimizers.items():
+            optimizer.param_groups[0]["lr"] = remaining * self.learning_rates[name]
+        self.num_updates += 1
+        actor_loss = self.update_actor(actions[0])
+        qf_loss = 0.0
+        if not self.args.oracle_critic:
+            for batch_actions, batch_rewards in zip(actions, rewards, strict=True):
+                qf_loss = self.update_critic(batch_actions, batch_rewards)
+        return actor_loss, qf_loss
+
+    def update_critic(self, actions, rewards):
+        obs = torch.zeros(len(actions), 1)
+        q = self.q_fn(obs, actions.unsqueeze(1)).squeeze(1)  # (B,)
+        loss = (q - rewards).square().mean()
+        self.descend("critic", loss)
+        return loss.item()
+
+    def update_actor(self, actions):
         if self.method == "som":
-            mu, sigma, _, _ = self.schedule(t)
-            a_t = mu * actions + sigma * eps
-            inputs = (x.unsqueeze(1) for x in (a_t, r, t, self.velocity(a_t, t)))
-            return meanflow_loss(partial(self.actor, obs), *inputs)[0].mean()
-        best = self.act(torch.randn(B, args.best_of_n, 2))  # (B, 2)
-        a_t, v = (1 - t) * best + t * eps, eps - best
-        mf, ivc, _ = mfp_loss(partial(self.actor, obs), *(x.unsqueeze(1) for x in (a_t, r, t, v)))
+            loss = self.som_actor_loss(actions)
+        else:
+            loss = self.mfp_actor_loss(actions)
+        self.descend("actor", loss)
+        # larger at first: the first networks are forgotten sooner
+        tau = max(self.args.policy_tau, 9 / (self.num_updates + 9))
+        soft_update(self.acting_actor, self.actor, tau)
+        return loss.item()
+
+    def som_actor_loss(self, actions):
+        """Regression of the policy on the velocity field of exp(alpha Q) around actions (B, 2)."""
+        r, t = sample_r_t(torch.rand(len(actions), 2), self.args.zero_r_ratio)
+        eps = torch.randn_like(actions)
+        mu, sigma, _, _ = self.schedule(t)
+        a_t = mu * actions + sigma * eps
+        v = self.velocity(a_t, t)
+        obs = torch.zeros(len(actions), 1)
+        points = [x.unsqueeze(1) for x in (a_t, r, t, v)]  # N = 1
+        errors, _ = meanflow_loss(partial(self.actor, obs), *points)
+        return errors.mean()
+
+    def mfp_actor_loss(self, actions):
+        """Regression on straight paths from noise to the best of N actions of the policy itself."""
+        r, t = sample_r_t(torch.rand(len(actions), 2), self.args.zero_r_ratio)
+        eps = torch.randn_like(actions)
+        best = self.act(torch.randn(len(actions), self.args.best_of_n, 2))  # (B, 2)
+        a_t = (1 - t) * best + t * eps
+        v = eps - best
+        obs = torch.zeros(len(actions), 1)
+        points = [x.unsqueeze(1) for x in (a_t, r, t, v)]  # N = 1
+        mf, ivc, _ = mfp_loss(partial(self.actor, obs), *points)
         return (mf + ivc).mean()
 
-    def update(self, actions: torch.Tensor, rewards: torch.Tensor) -> tuple[float, float]:
-        """One policy step on actions (S, B, 2), a critic step for each of S batches with rewards (S, B); the losses."""
-        self.num_updates += 1
-        actor_loss = self.actor_loss(actions[0])
-        for i, (a, reward) in enumerate(zip(actions, rewards, strict=True)):
-            q = self.q_fn(torch.zeros(len(a), 1), a.unsqueeze(1)).squeeze(1)
-            qf_loss = (q - reward).square().mean()  # an oracle has no gradient, and no weights to move
-            self.optimizer.zero_grad()
-            (qf_loss if i else qf_loss + actor_loss).backward()
-            self.optimizer.step()
-        self.decay.step()
-        tau = max(self.args.policy_tau, 9 / (self.num_updates + 9))  # forgets the first networks sooner
-        with torch.no_grad():
-            torch._foreach_lerp_([*self.acting_actor.parameters()], [*self.actor.parameters()], tau)
-        return actor_loss.item(), qf_loss.item()
+    def descend(self, name, loss):
+        self.optimizers[name].zero_grad()
+        loss.backward()
+        self.optimizers[name].step()
 
 
-def train(args: Args, method: str, bandit: Bandit, position: int) -> tuple[Agent, list]:
-    """A trained agent, and its one-step actions of the same noise at six times in training."""
+@torch.no_grad()
+def soft_update(target, source, tau):
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+
+
+def train(args, method, bandit, position):
+    """A trained agent, and its one-step actions of the same noise at six times of the training."""
     torch.manual_seed(args.seed)
-    agent, film, film_noise = Agent(args, method, bandit), [], torch.randn(500, 1, 2)
-    rows = args.learning_starts + args.total_updates * args.num_envs
-    actions, rewards = BOX * (2 * torch.rand(rows, 2) - 1), torch.empty(rows)
-    rewards[: args.learning_starts] = bandit.query(actions[: args.learning_starts])
-    frames = {math.ceil(args.total_updates * share) for share in (0.03, 0.06, 0.12, 0.25, 0.5, 1.0)}
-    progress = tqdm(range(1, args.total_updates + 1), method, unit="update", position=position, disable=None)
+    agent = Agent(args, method, bandit)
+    film = []
+    film_noise = torch.randn(500, 1, 2)
+    film_updates = [math.ceil(args.total_updates * share) for share in FILM_SHARES]
+    num_candidates = args.best_of_n if method == "mfp" else 1
+    num_batches = 1 if args.oracle_critic else args.q_updates
+
+    # all actions so far and their rewards: first uniform ones, then those of the policy
+    num_rows = args.learning_starts + args.total_updates * args.num_envs
+    actions = BOX * (2 * torch.rand(num_rows, 2) - 1)
+    rewards = torch.empty(num_rows)
+    num_tried = args.learning_starts
+    rewards[:num_tried] = bandit.query(actions[:num_tried])
+
+    updates = range(1, args.total_updates + 1)
+    progress = tqdm(updates, method, unit="update", position=position, disable=None)
     for update in progress:
         # ALGO LOGIC: put action logic here
-        a = agent.act(torch.randn(args.num_envs, args.best_of_n if method == "mfp" else 1, 2))
+        a = agent.act(torch.randn(args.num_envs, num_candidates, 2))
         a = (a + args.noise_scale * torch.randn_like(a)).clamp(-BOX, BOX)
-        end = args.learning_starts + update * args.num_envs
-        actions[end - args.num_envs : end], rewards[end - args.num_envs : end] = a, bandit.query(a)
+        new_rows = slice(num_tried, num_tried + args.num_envs)
+        actions[new_rows] = a
+        rewards[new_rows] = bandit.query(a)
+        num_tried += args.num_envs
+
         # ALGO LOGIC: training.
-        slots = torch.randint(end, (1 if args.oracle_critic else args.q_updates, args.batch_size))
-        actor_loss, qf_loss = agent.update(actions[slots], rewards[slots])
+        rows = torch.randint(num_tried, (num_batches, args.batch_size))
+        actor_loss, qf_loss = agent.update(actions[rows], rewards[rows])
         if not math.isfinite(actor_loss + qf_loss):
-            fail(f"a loss of {method} is not finite at update {update}, seed {args.seed}", code=1)
+            message = f"a loss of {method} is not finite at update {update}, seed {args.seed}"
+            exit_with_error(message, code=1)
         if update % 100 == 0:
-            progress.set_postfix(reward=bandit.reward(a).mean().item(), actor_loss=actor_loss, q=qf_loss)
-        if update in frames:
+            mean_reward = bandit.reward(a).mean().item()
+            progress.set_postfix(reward=mean_reward, actor_loss=actor_loss, q=qf_loss)
+        if update in film_updates:
             film.append((update, agent.act(film_noise)))
     return agent, film
 
 
 @torch.no_grad()
-def integrate(agent: Agent, a: torch.Tensor, seed: int) -> torch.Tensor:
-    """Ends of the probability-flow ODE from noise a (M, 2): Euler steps with the field the policy is trained on."""
+def integrate(agent, a, seed):
+    """Ends of the probability-flow ODE from noise a (M, 2), by Euler steps along agent.velocity."""
     torch.manual_seed(seed)
-    for t in torch.linspace(1, 1 / NUM_ODE_STEPS, NUM_ODE_STEPS):  # split: a part fits into the processor's cache
-        a = torch.cat([x - agent.velocity(x, t.expand(len(x), 1)) / NUM_ODE_STEPS for x in a.split(256)])
+    for t in torch.linspace(1, 1 / NUM_ODE_STEPS, NUM_ODE_STEPS):
+        parts = a.split(256)  # a part fits into the processor's cache
+        velocities = [agent.velocity(part, t.expand(len(part), 1)) for part in parts]
+        a = a - torch.cat(velocities) / NUM_ODE_STEPS
     return a
 
 
-def measure(bandit: Bandit, a: torch.Tensor, ode: torch.Tensor) -> dict:
-    """The numbers of results.json for actions (M, 2); ode are M ends of the probability-flow ODE."""
-    counts, cost = bandit.mode_counts(a), torch.cdist(a.double(), ode.double()).square()
+def measure(bandit, a, ode):
+    """The numbers of results.json for actions (M, 2), beside M ends of the probability-flow ODE."""
+    counts = bandit.mode_counts(a)
+    cost = torch.cdist(a.double(), ode.double()).square()  # (M, M)
+    matching = linear_sum_assignment(cost)  # the best one of the two samples
     return {
         "mean_reward": bandit.reward(a).mean().item(),
         "mode_counts": counts,
         "high_mode_share": [counts[name] / len(a) for name in bandit.high_modes],
         "low_mode_share": counts["low"] / len(a),
-        "w2_to_pf_ode": cost[linear_sum_assignment(cost)].mean().sqrt().item(),  # the best matching of the two samples
+        "w2_to_pf_ode": cost[matching].mean().sqrt().item(),
     }
 
 
-def panel(ax, values, a=None, title="", label="", cmap="Blues", **kwargs):
-    """A landscape (81, 81) over GRID, and actions (M, 2) on it."""
-    image = ax.imshow(values.numpy(), cmap, extent=2 * (-BOX, BOX), origin="lower", interpolation="bilinear", **kwargs)
+# What a reader of the method may skip: pictures, checks, processes
+def draw_panel(ax, values, a=None, title="", label="", cmap="Blues", **kwargs):
+    """A landscape of values (81, 81) over GRID, and actions (M, 2) on it."""
+    limits = (-BOX, BOX)
+    kwargs |= {"extent": 2 * limits, "origin": "lower", "interpolation": "bilinear"}
+    image = ax.imshow(values.numpy(), cmap, **kwargs)
     if a is not None:
         ax.scatter(*a.T, s=2, c="crimson", alpha=0.5, linewidths=0)
-    ax.set(xlim=(-BOX, BOX), ylim=(-BOX, BOX), xticks=[], yticks=[])
+    ax.set(xlim=limits, ylim=limits, xticks=[], yticks=[])
     ax.set_title(title, fontsize=10)
     ax.set_xlabel(label, fontsize=8)
     return image
 
 
-def caption(bandit: Bandit, a: torch.Tensor) -> str:
-    counts = ", ".join(f"{name} {count}" for name, count in bandit.mode_counts(a).items())
-    return f"mean reward {bandit.reward(a).mean():.2f}\n{counts}"
+def caption(bandit, a):
+    """Mean reward and mode counts of actions (M, 2), in two lines."""
+    counts = [f"{name} {count}" for name, count in bandit.mode_counts(a).items()]
+    return f"mean reward {bandit.reward(a).mean():.2f}\n{', '.join(counts)}"
 
 
-def draw_arrows(path: pathlib.Path, bandit: Bandit, noise: torch.Tensor, ends: dict, samples: dict):
-    """Figures 5, 13, 14: from the 7x7 grid of noise (black) to the actions (red), over the reward."""
+def draw_arrows(path, bandit, noise, ends, samples):
+    """Figures 5, 13, 14: arrows from a grid of noise (black) to the actions (red), over the reward.
+
+    noise: (49, 2). ends: (49, 2) by policy. samples: (NUM_SAMPLES, 2) by policy, for the captions.
+    """
+    titles = {
+        "som": "SOM, one step",
+        "mfp": "MFP, one step",
+        "pf_ode": f"PF-ODE of SOM's field, {NUM_ODE_STEPS} steps",
+    }
+    arrow = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.003, "color": "0.45"}
     figure, axes = plt.subplots(1, 3, figsize=(12, 4.6), layout="constrained")
-    titles = "SOM, one step", "MFP, one step", f"PF-ODE of SOM's field, {NUM_ODE_STEPS} steps"
-    for ax, title, (name, end) in zip(axes, titles, ends.items(), strict=True):
-        panel(ax, bandit.reward(GRID), title=title, label=caption(bandit, samples[name]))
-        ax.quiver(*noise.T, *(end - noise).T, angles="xy", scale_units="xy", scale=1, width=0.003, color="0.45")
+    for ax, name in zip(axes, titles, strict=True):
+        end = ends[name]
+        label = caption(bandit, samples[name])
+        draw_panel(ax, bandit.reward(GRID), title=titles[name], label=label)
+        ax.quiver(*noise.T, *(end - noise).T, **arrow)
         ax.scatter(*noise.T, s=8, c="black", zorder=3)
         ax.scatter(*end.T, s=14, c="crimson", zorder=4)
     figure.savefig(path, dpi=90)
 
 
-def draw_film(path: pathlib.Path, bandit: Bandit, films: dict):
+def draw_film(path, bandit, films):
     """One-step actions of the same noise in the course of training, a row for each method."""
     figure, axes = plt.subplots(2, 6, figsize=(12, 4.5), layout="constrained")
-    for row, (method, film) in zip(axes, films.items(), strict=True):
-        for ax, (update, a) in zip(row, film, strict=True):
-            panel(ax, bandit.reward(GRID), a, f"{method.upper()}, update {update:,}")
+    for row, method in zip(axes, ("som", "mfp"), strict=True):
+        for ax, (update, a) in zip(row, films[method], strict=True):
+            draw_panel(ax, bandit.reward(GRID), a, f"{method.upper()}, update {update:,}")
     figure.savefig(path, dpi=90)
 
 
-def draw_scores(path: pathlib.Path, bandit: Bandit, sigma: float = 0.3, num_mc_samples: int = 200):
-    """Figure 15: magnitude of the estimated and the true score on the VE path at sigma(t) = sigma."""
-    a_t, one = GRID.reshape(-1, 2), torch.ones(len(GRID) ** 2, 1)
+def draw_scores(path, bandit, sigma=0.3, num_mc_samples=200):
+    """Figure 15: norms of the estimated and the true score on the VE path at sigma(t) = sigma."""
+    a_t = GRID.reshape(-1, 2)
+    one = torch.ones(len(a_t), 1)
     eps = torch.randn(len(a_t), num_mc_samples, 2)
-    log_r = lambda a: bandit.log_components(a.flatten(0, 1)).logsumexp(dim=1).unflatten(0, a.shape[:2])  # noqa: E731
-    energies = lambda _, a: log_r(a), lambda _, a: 10 * bandit.reward(a)
-    right, paper = (estimate_score(q, one, a_t, one, sigma * one, eps, 1.0, clip=False)[0] for q in energies)
-    wide = copy.copy(bandit)  # the noised mixture in closed form: the same centres, a larger variance
-    wide.std = math.sqrt(bandit.std**2 + sigma**2)
-    true = torch.func.grad(lambda a: wide.log_components(a).logsumexp(dim=1).sum())(a_t)
-    scores = {"estimated from log r": right, "true, of the density r": true, "the paper's estimate, from 10 r": paper}
+
+    def log_reward(obs, a):
+        return bandit.log_reward(a)
+
+    def ten_rewards(obs, a):
+        return 10 * bandit.reward(a)
+
+    inputs = (one, a_t, one, sigma * one, eps)
+    estimated, _ = estimate_score(log_reward, *inputs, alpha=1, clip=False)
+    papers, _ = estimate_score(ten_rewards, *inputs, alpha=1, clip=False)
+    noised = copy.copy(bandit)  # the noised mixture in closed form has a larger variance
+    noised.std = math.sqrt(bandit.std**2 + sigma**2)
+    true = torch.func.grad(lambda a: noised.log_reward(a).sum())(a_t)
+
+    top = true.norm(dim=1).max().item()
+    papers_top = papers.norm(dim=1).max().item()
+    panels = [
+        ("estimated from log r", estimated, top),
+        ("true, of the density r", true, top),
+        ("the paper's estimate, from 10 r", papers, papers_top),
+    ]
     figure, axes = plt.subplots(1, 3, figsize=(12, 4.4), layout="constrained")
-    for ax, (title, score) in zip(axes, scores.items(), strict=True):
-        top = (paper if score is paper else true).norm(dim=1).max().item()
-        image = panel(ax, score.norm(dim=1).reshape(81, 81), None, title, cmap="viridis", vmin=0, vmax=top)
+    for ax, (title, score, vmax) in zip(axes, panels, strict=True):
+        norm = score.norm(dim=1).reshape(len(GRID), -1)
+        image = draw_panel(ax, norm, title=title, cmap="viridis", vmin=0, vmax=vmax)
         ax.scatter(*bandit.centres.T, marker="x", s=20, c="white", linewidths=0.8)
         figure.colorbar(image, ax=ax, shrink=0.8)
-    text = f"||score|| at sigma(t) = {sigma}. Left and middle are the same on one scale, up to sampling error alone."
-    text += "\nThe right one is the score of exp(10 r), another distribution than r: it differs, however good it is."
+    text = (
+        f"||score|| at sigma(t) = {sigma}. Left and middle are the same on one scale, "
+        "up to sampling error alone.\nThe right one is the score of exp(10 r), "
+        "another distribution than r: it differs, however good it is."
+    )
     figure.supxlabel(text, fontsize=9)
     figure.savefig(path, dpi=90)
 
 
-def draw_robustness(path: pathlib.Path, bandit: Bandit, agents: dict, noise: torch.Tensor, title: str):
-    """Figures 6, 16 to 18: Q and the distribution at four times of the one-step map, clean and perturbed."""
+def draw_robustness(path, bandit, agents, noise):
+    """Figures 6, 16 to 18: Q, and one-step maps of noise to four times, clean and perturbed."""
+    bump = f"a bump of height {bandit.bump_scale}, std {bandit.bump_std}"
     figure, axes = plt.subplots(4, 5, figsize=(11, 9.5), layout="constrained")
     for row, (name, agent) in zip(axes, agents.items(), strict=True):
-        panel(row[0], agent.q_fn(torch.zeros(81, 1), GRID).detach(), None, f"Q of {name.upper()}", cmap="viridis")
+        q = agent.q_fn(torch.zeros(len(GRID), 1), GRID).detach()  # a row of the grid as N actions
+        draw_panel(row[0], q, title=f"Q of {name.upper()}", cmap="viridis")
         for ax, t in zip(row[1:], (0.75, 0.5, 0.25, 0.0), strict=True):
             a = agent.denoise(noise, t)
-            panel(ax, bandit.reward(GRID), a, f"t = {t}", "" if t else caption(bandit, a))
-    figure.suptitle(title, fontsize=10)
+            label = caption(bandit, a) if t == 0 else ""
+            draw_panel(ax, bandit.reward(GRID), a, f"t = {t}", label)
+    figure.suptitle(f"Perturbed: noise of std {bandit.noise}, {bump}", fontsize=10)
     figure.savefig(path, dpi=90)
 
 
-def fail(message: str, code: int = 2):
-    print("error:", *message.split(), file=sys.stderr)  # one line
+def exit_with_error(message, code=2):
+    print("error:", " ".join(message.split()), file=sys.stderr)  # on one line
     sys.exit(code)
 
 
-def check_args(args: Args):
-    """One line and exit code 2 where the run cannot start."""
-    zero_too = "seed", "learning_starts", "noise_scale", "zero_r_ratio", "reward_noise", "bump_scale"
-    for name, value in vars(args).items():
-        high = 1 if name in ("policy_tau", "zero_r_ratio") else 2**63
-        if type(value) in (int, float) and not (0 < value <= high or (value == 0 and name in zero_too)):
-            fail(f"--{name.replace('_', '-')} must be in {'[' if name in zero_too else '('}0, {high}], got {value}")
-    perturbed, field = args.reward_noise + args.bump_scale > 0, (args.score_scale, args.beta_max)
+def check_args(args):
+    """An error for values that cannot work."""
+    may_be_zero = ["seed", "learning_starts", "noise_scale", "zero_r_ratio"]
+    may_be_zero += ["reward_noise", "bump_scale"]
+    for name, value in asdict(args).items():
+        if type(value) in (int, float):
+            lowest = {"total_updates": 100, "beta_max": 0.1}.get(name, 0)
+            highest = 1 if name in ("policy_tau", "zero_r_ratio") else 2**63 - 1
+            flag = f"--{name.replace('_', '-')}"
+            if not lowest <= value <= highest:
+                exit_with_error(f"{flag} must be in [{lowest}, {highest}], got {value}")
+            if value == 0 and name not in may_be_zero:
+                exit_with_error(f"{flag} cannot be 0")
+    is_perturbed = args.reward_noise > 0 or args.bump_scale > 0
+    has_default_field = (args.score_scale, args.beta_max) == (Args.score_scale, Args.beta_max)
+    is_uniform = args.reference == "uniform"
     rules = {
-        "--beta-max must be >= 0.1, beta(0)": args.beta_max >= 0.1,
-        "--total-updates must be >= 100: the film has six frames": args.total_updates >= 100,
-        "--score-scale, --beta-max need --reference uniform": field == (10, 1) or args.reference == "uniform",
-        "--reward-noise and --bump-scale need the learned critic": not (args.oracle_critic and perturbed),
-        "--bump-std needs --bump-scale": args.bump_scale or args.bump_std == 0.5,
+        "--score-scale, --beta-max need --reference uniform": is_uniform or has_default_field,
+        "--reward-noise, --bump-scale need the learned critic": not (is_perturbed and args.oracle_critic),
+        "--bump-std needs --bump-scale": args.bump_scale > 0 or args.bump_std == Args.bump_std,
     }
-    for rule in [rule for rule, holds in rules.items() if not holds]:
-        fail(rule)
+    for rule, holds in rules.items():
+        if not holds:
+            exit_with_error(rule)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """An error in writing the run's own files ends it with one line. Its last checkpoint is whole."""
+    try:
+        yield
+    except OSError as error:
+        exit_with_error(f"{path} cannot be written: {error}; make room or mend the path", code=1)
+
+
+def start_worker():
+    """A worker has one thread, for the same numbers everywhere, and ends with the main process."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches the workers too
+    threading.Thread(target=end_with_main_process, daemon=True).start()
+
+
+def end_with_main_process():
+    multiprocessing.parent_process().join()  # returns however it ended, even by SIGKILL
+    os._exit(1)
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
     check_args(args)
-    start = time.time()
-    name = f"{args.task}__{args.exp_name}__{args.seed}__{int(start)}_{os.getpid()}".replace("/", "_")
-    os.makedirs(folder := pathlib.Path("runs", name))
-    clean, noisy = Bandit(args.task), Bandit(args.task, args.reward_noise, args.bump_scale, args.bump_std)
-    bandits = {"_clean": clean, "": noisy} if args.reward_noise + args.bump_scale > 0 else {"": clean}
-    # a thread each: the same numbers on every machine, and two cores train two policies at once
-    pool = ProcessPoolExecutor(2, torch.multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
-    kinds = [(method, suffix) for method in ("som", "mfp") for suffix in bandits]
-    jobs = {m + suffix: pool.submit(train, args, m, bandits[suffix], i) for i, (m, suffix) in enumerate(kinds)}
-    agents, films = ({name: job.result()[part] for name, job in jobs.items()} for part in (0, 1))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once, as SIGTERM does
+    start_time = time.time()
+    run_name = f"{args.task}__{args.exp_name}__{args.seed}__{int(start_time)}_{os.getpid()}"
+    run_folder = Path("runs", run_name.replace("/", "_"))
+    with writing(run_folder):
+        run_folder.mkdir(parents=True)
+    clean = Bandit(args.task)
+    perturbed = Bandit(args.task, args.reward_noise, args.bump_scale, args.bump_std)
+    is_perturbed = args.reward_noise > 0 or args.bump_scale > 0
+    bandits = {"_clean": clean, "": perturbed} if is_perturbed else {"": clean}
+
+    # two cores train two policies at once
+    pool = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), start_worker)
+    jobs = {}
+    for method in ("som", "mfp"):
+        for suffix, bandit in bandits.items():
+            jobs[method + suffix] = pool.submit(train, args, method, bandit, len(jobs))
+    agents = {}
+    films = {}
+    for name, job in jobs.items():
+        agents[name], films[name] = job.result()
+
+    # one-step actions of every policy, and two samples of the ODE of SOM's field
     torch.manual_seed(args.seed + 2**31)
-    noise, grid = torch.randn(NUM_SAMPLES, 2), torch.cartesian_prod(*2 * [torch.linspace(-2, 2, 7)])  # (49, 2)
-    samples = {name: agent.act(noise.unsqueeze(1)) for name, agent in agents.items()}
-    parts = torch.cat([noise, torch.randn(NUM_SAMPLES, 2), grid]).chunk(8)
-    ode = torch.cat([*pool.map(integrate, 8 * [agents["som"]], parts, range(args.seed, args.seed + 8))])
-    samples["pf_ode"], reference, ode_ends = ode.split([NUM_SAMPLES, NUM_SAMPLES, len(grid)])
+    noise = torch.randn(NUM_SAMPLES, 2)
+    more_noise = torch.randn(NUM_SAMPLES, 2)
+    side = torch.linspace(-2, 2, 7)
+    grid = torch.cartesian_prod(side, side)  # (49, 2)
+    samples = {}
+    ends = {}
+    for name, agent in agents.items():
+        samples[name] = agent.act(noise.unsqueeze(1))
+        ends[name] = agent.act(grid.unsqueeze(1))
+    parts = torch.cat([noise, more_noise, grid]).chunk(8)
+    seeds = range(args.seed, args.seed + 8)
+    ode_parts = pool.map(integrate, 8 * [agents["som"]], parts, seeds)
+    sizes = [NUM_SAMPLES, NUM_SAMPLES, len(grid)]
+    samples["pf_ode"], reference, ends["pf_ode"] = torch.cat(list(ode_parts)).split(sizes)
     results = {name: measure(clean, a, reference) for name, a in samples.items()}
-    np.savez_compressed(folder / "samples.npz", pf_ode_reference=reference, **samples)
-    ends = {method: agents[method].act(grid.unsqueeze(1)) for method in ("som", "mfp")} | {"pf_ode": ode_ends}
-    draw_arrows(folder / "arrows.png", clean, grid, ends, samples)
-    draw_film(folder / "training.png", clean, {method: films[method] for method in ("som", "mfp")})
-    draw_scores(folder / "scores.png", clean)
-    if len(bandits) > 1:
-        title = f"Perturbed: noise of std {args.reward_noise}, a bump of height {args.bump_scale}, std {args.bump_std}"
-        draw_robustness(folder / "robustness.png", clean, agents, noise, title)
-    versions = {package: metadata.version(package) for package in ("torch", "numpy", "scipy", "matplotlib")}
-    results |= {"seconds": time.time() - start, "config": asdict(args), "versions": versions}
-    (folder / "results.json").write_text(json.dumps(results, indent=2))
-    print(*(f"{name}: {caption(clean, a)}".replace("\n", "; ") for name, a in samples.items()), sep="\n")
-    print(f"{results['seconds']:.0f} s, pictures and results.json in {folder}")
+
+    with writing(run_folder):
+        draw_arrows(run_folder / "arrows.png", clean, grid, ends, samples)
+        draw_film(run_folder / "training.png", clean, films)
+        draw_scores(run_folder / "scores.png", clean)
+        if is_perturbed:
+            draw_robustness(run_folder / "robustness.png", perturbed, agents, noise)
+        np.savez_compressed(run_folder / "samples.npz", pf_ode_reference=reference, **samples)
+        packages = ("torch", "numpy", "scipy", "matplotlib")
+        results["seconds"] = time.time() - start_time
+        results["config"] = asdict(args)
+        results["versions"] = {package: metadata.version(package) for package in packages}
+        (run_folder / "results.json").write_text(json.dumps(results, indent=2))
+    for name, a in samples.items():
+        print(f"{name}: {caption(clean, a)}".replace("\n", "; "))
+    print(f"{results['seconds']:.0f} s, pictures and results.json in {run_folder}")

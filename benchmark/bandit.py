@@ -5,17 +5,17 @@
 A run that is already in --out is not repeated. Cells hold the seeds in order; shares are of 2,000 one-step actions.
 """
 
-import dataclasses
 import json
-import pathlib
 import shlex
 import subprocess
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import collect
 import tyro
 
-ROOT = pathlib.Path(__file__).parents[1]
+SCRIPT = Path(__file__).parents[1] / "som_bandit_2d.py"
 SETTINGS = (
     "--oracle-critic",
     "--oracle-critic --reference uniform",
@@ -25,11 +25,11 @@ SETTINGS = (
 )
 
 
-@dataclasses.dataclass
+@dataclass
 class BanditArgs:
-    out: pathlib.Path
+    out: Path
     """folder of the runs, one subfolder for each setting and seed"""
-    csv: pathlib.Path
+    csv: Path
     """table to write"""
     seeds: tuple[int, ...] = (1, 2, 3)
     """seeds of every setting"""
@@ -38,33 +38,45 @@ class BanditArgs:
 
 
 def folder_of(args, flags, seed):
-    return args.out / f"{flags.replace('--', '').replace(' ', '_') or 'default'}_seed{seed}"
+    setting = flags.replace("--", "").replace(" ", "_") or "default"
+    return args.out / f"{setting}_seed{seed}"
 
 
 def result_of(args, flags, seed):
     """results.json of a finished run of this setting and seed, or None."""
-    found = sorted(folder_of(args, flags, seed).glob("runs/*/results.json"))
-    return json.loads(found[-1].read_text()) if found else None
+    paths = sorted(folder_of(args, flags, seed).glob("runs/*/results.json"))
+    return json.loads(paths[-1].read_text()) if paths else None
+
+
+def run(args, flags, seed):
+    folder = folder_of(args, flags, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, SCRIPT, "--seed", str(seed), *shlex.split(flags)]
+    finished = subprocess.run(command, cwd=folder)
+    if finished.returncode != 0:  # the script has said why
+        sys.exit(finished.returncode)
+
+
+def cell(values, digits=3):
+    return " ".join(f"{value:.{digits}f}" for value in values)
 
 
 def rows_of(flags, results):
-    """A row for each policy whose numbers this setting adds: SOM, and in the default settings MFP and the PF-ODE."""
-
-    def cell(value_of, digits=3):
-        return " ".join(f"{value_of(result):.{digits}f}" for result in results)
-
-    for policy in ("som", "mfp", "pf_ode"):
-        if policy == "mfp" and ("--reference" in flags or "--total-updates" in flags):
-            continue  # its training does not read them, or has had enough updates
+    """A row for each policy whose numbers this setting adds, of its results seed by seed."""
+    policies = ["som", "mfp", "pf_ode"]
+    if "--reference" in flags or "--total-updates" in flags:
+        policies.remove("mfp")  # its training does not read them, or has had enough updates
+    for policy in policies:
+        numbers = [result[policy] for result in results]
         yield {
             "flags": flags or "(none)",
             "policy": policy,
-            "mean_reward": cell(lambda result: result[policy]["mean_reward"]),  # noqa: B023
-            "least_high_mode": cell(lambda result: min(result[policy]["high_mode_share"])),  # noqa: B023
-            "most_high_mode": cell(lambda result: max(result[policy]["high_mode_share"])),  # noqa: B023
-            "low_modes": cell(lambda result: result[policy]["low_mode_share"]),  # noqa: B023
-            "w2_to_pf_ode": cell(lambda result: result[policy]["w2_to_pf_ode"]),  # noqa: B023
-            "seconds": cell(lambda result: result["seconds"], 0),
+            "mean_reward": cell([x["mean_reward"] for x in numbers]),
+            "least_high_mode": cell([min(x["high_mode_share"]) for x in numbers]),
+            "most_high_mode": cell([max(x["high_mode_share"]) for x in numbers]),
+            "low_modes": cell([x["low_mode_share"] for x in numbers]),
+            "w2_to_pf_ode": cell([x["w2_to_pf_ode"] for x in numbers]),
+            "seconds": cell([result["seconds"] for result in results], 0),
         }
 
 
@@ -73,10 +85,7 @@ def main(args):
     for flags in args.settings:
         for seed in args.seeds:
             if result_of(args, flags, seed) is None:
-                folder = folder_of(args, flags, seed)
-                folder.mkdir(parents=True, exist_ok=True)
-                command = [sys.executable, ROOT / "som_bandit_2d.py", "--seed", str(seed), *shlex.split(flags)]
-                subprocess.run(command, cwd=folder, check=True)
+                run(args, flags, seed)
         rows += rows_of(flags, [result_of(args, flags, seed) for seed in args.seeds])
         collect.write(args.csv, rows)
 

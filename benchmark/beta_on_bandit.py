@@ -5,27 +5,30 @@
 No network is involved: what is measured is the field that the policy would be trained on, with the true reward as Q.
 """
 
-import dataclasses
 import math
-import pathlib
 import sys
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
 
 import torch
 import tyro
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import collect
 
 import som_continuous_action as som
 
 ANGLES = torch.arange(8) * math.pi / 4
 CENTRES = math.sqrt(2) * torch.stack([ANGLES.cos(), ANGLES.sin()], dim=1)  # (8, 2)
-WEIGHTS = torch.tensor([2.0, 1.0] * 4)
+WEIGHTS = torch.tensor(4 * [2.0, 1.0])
 STD = 0.3
+RADIUS = 0.5  # an action counts for a mode within this distance of its centre
 
 
 def mixture(a):
-    return (WEIGHTS * torch.exp(-(a.unsqueeze(-2) - CENTRES).square().sum(-1) / (2 * STD**2))).sum(-1)
+    distance = (a.unsqueeze(-2) - CENTRES).norm(dim=-1) / STD
+    return (WEIGHTS * torch.exp(-0.5 * distance.square())).sum(dim=-1)
 
 
 MAX_REWARD = mixture(CENTRES).max()
@@ -36,9 +39,9 @@ def reward(obs, a):
     return mixture(a) / MAX_REWARD
 
 
-@dataclasses.dataclass
+@dataclass
 class SweepArgs:
-    csv: pathlib.Path
+    csv: Path
     """table to write"""
     alpha: float = 10.0
     """inverse temperature"""
@@ -53,38 +56,49 @@ class SweepArgs:
 
 
 def end_points(args, w, beta_max):
+    """Ends (num_samples, 2) of the PF-ODE; without w, of the prior-matched field on the cosine schedule."""
     torch.manual_seed(args.seed)
-    a, dt = torch.randn(args.num_samples, 2), 1 / args.num_steps
+    a = torch.randn(args.num_samples, 2)
     obs = torch.zeros(args.num_samples, 1)
     for step in range(args.num_steps, 0, -1):
-        t = torch.full((args.num_samples, 1), step * dt)
+        t = torch.full((args.num_samples, 1), step / args.num_steps)
         if w is None:
+            reference = "prior"
             mu, sigma, f, g2 = som.cosine_schedule(t)
         else:
+            reference = "uniform"
             mu, sigma, f, g2 = som.vp_schedule(t, 0.1, beta_max)
         eps = torch.randn(args.num_samples, args.num_mc_samples, 2)
-        reference = "prior" if w is None else "uniform"
-        score, _ = som.estimate_score(reward, obs, a, mu, sigma, eps, args.alpha, reference, clip=False)
-        a = a - dt * som.pf_ode_velocity(a, score, f, g2, w)
+        path = (a, mu, sigma, eps)
+        score, _ = som.estimate_score(reward, obs, *path, args.alpha, reference, clip=False)
+        a = a - som.pf_ode_velocity(a, score, f, g2, w) / args.num_steps
     return a
+
+
+def row_of(w, beta_max, a):
+    """A row of the table for the ends a (num_samples, 2)."""
+    is_near = (a.unsqueeze(1) - CENTRES).norm(dim=-1) < RADIUS  # (num_samples, 8)
+    shares = is_near.float().mean(dim=0)
+    high_shares = shares[::2]
+    low_shares = shares[1::2]
+    row = {"w": "prior-matched", "beta_max": "cosine", "reach": ""}
+    if w is not None:
+        mean_beta = 0.1 + 0.5 * (beta_max - 0.1)
+        row = {"w": w, "beta_max": beta_max, "reach": round(0.5 * w * mean_beta, 2)}
+    row["mean_reward"] = round(reward(None, a).mean().item(), 3)
+    row["high_modes"] = round(high_shares.sum().item(), 3)
+    row["smallest_high_mode"] = round(high_shares.min().item(), 3)
+    row["low_modes"] = round(low_shares.sum().item(), 3)
+    row["std"] = round(a.std().item(), 2)
+    return row
 
 
 def main(args):
     rows = []
-    settings = [(w, beta_max) for w in (5.0, 10.0, 25.0) for beta_max in (0.32, 1.0, 2.0, 5.0, 20.0)]
+    settings = list(product((5.0, 10.0, 25.0), (0.32, 1.0, 2.0, 5.0, 20.0)))
     for w, beta_max in [*settings, (None, None)]:
-        a = end_points(args, w, beta_max)
-        near = (a.unsqueeze(1) - CENTRES).norm(dim=-1) < 0.5  # (num_samples, 8)
-        shares = near.float().mean(dim=0)
-        row = {"w": w or "prior-matched", "beta_max": beta_max or "cosine"}
-        row["reach"] = round(0.5 * w * (0.1 + 0.5 * (beta_max - 0.1)), 2) if w else ""
-        row["mean_reward"] = round(reward(None, a.unsqueeze(1)).mean().item(), 3)
-        row["high_modes"] = round(shares[::2].sum().item(), 3)
-        row["smallest_high_mode"] = round(shares[::2].min().item(), 3)
-        row["low_modes"] = round(shares[1::2].sum().item(), 3)
-        row["std"] = round(a.std().item(), 2)
-        rows.append(row)
-        print(row)
+        rows.append(row_of(w, beta_max, end_points(args, w, beta_max)))
+        print(rows[-1])
     collect.write(args.csv, rows)
 
 
