@@ -5,53 +5,72 @@
 Of a run of the JAX script with several seeds give the first seed's folder; a cell holds the returns of all its seeds.
 """
 
-import dataclasses
 import json
-import pathlib
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import collect
 import tyro
 
-ROOT = pathlib.Path(__file__).parents[1]
 
-
-@dataclasses.dataclass
+@dataclass
 class BestOfNArgs:
-    runs: tuple[pathlib.Path, ...]
+    runs: tuple[Path, ...]
     """run folders with checkpoints"""
-    csv: pathlib.Path
+    csv: Path
     """table to write"""
     best_of_n: tuple[int, ...] = (1, 4, 16, 64)
     """candidates of an evaluation (N)"""
 
 
+def read_configs(runs):
+    """{run: its configuration}; a folder in which nothing has begun is named and left out."""
+    configs = {}
+    for run in runs:
+        if run.is_dir() and not (run / "config.json").exists():
+            print(f"note: {run} is left out: it has no config.json", file=sys.stderr)
+            continue
+        try:
+            configs[run] = json.loads((run / "config.json").read_text())
+        except (OSError, ValueError) as error:
+            collect.exit_with_error(f"{run} is not the folder of a run: {error}")
+    return configs
+
+
 def evaluate(run, script, n):
-    """Mean return of each seed over ten episodes without exploration noise, by the script's --evaluate."""
-    command = [sys.executable, str(ROOT / script), "--evaluate", str(run), "--best-of-n", str(n)]
+    """Mean return of each seed without exploration noise, by the script's --evaluate."""
+    command = [sys.executable, str(script), "--evaluate", str(run), "--best-of-n", str(n)]
     result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        print(f"error: {' '.join(command)} ended with {result.returncode}: {result.stderr[-500:]}", file=sys.stderr)
+    if result.returncode != 0:
+        ending = result.stderr[-500:].strip()
+        print(f"error: {' '.join(command)} ended with {result.returncode}: {ending}", file=sys.stderr)
         sys.exit(result.returncode)
-    return re.search(r"return (.*?) \+-", result.stdout).group(1).strip("[]").split()
+    return [float(mean) for mean in re.findall(r"^return (\S+) \+-", result.stdout, re.MULTILINE)]
 
 
 def main(args):
-    rows, configs = [], []
-    for run in args.runs:
-        try:
-            configs.append(json.loads((run / "config.json").read_text()))
-        except (OSError, ValueError) as error:
-            collect.fail(f"{run} is not the folder of a run: {error}")
-    if not (args.runs and args.best_of_n):
-        collect.fail("--runs and --best-of-n need at least one value each")
-    for run, config in zip(args.runs, configs, strict=True):
-        row = {"env_id": config["env_id"], "script": config["script"], "setting": config["exp_name"]}
-        row |= {"first_seed": config["seed"], "steps": config["total_timesteps"], "trained with": config["best_of_n"]}
+    configs = read_configs(args.runs)
+    if not (configs and args.best_of_n):
+        collect.exit_with_error("--runs and --best-of-n need at least one value each")
+    for run, config in configs.items():
+        if not (collect.ROOT / config["script"]).is_file():
+            collect.exit_with_error(f"{run} is of {config['script']}, which is not in {collect.ROOT}")
+    rows = []
+    for run, config in configs.items():
+        row = {
+            "env_id": config["env_id"],
+            "script": config["script"],
+            "setting": config["exp_name"],
+            "first_seed": config["seed"],
+            "steps": config["total_timesteps"],
+            "trained with": config["best_of_n"],
+        }
         for n in args.best_of_n:
-            row[f"N = {n}"] = " ".join(f"{float(x):.0f}" for x in evaluate(run, config["script"], n))
+            returns = evaluate(run, collect.ROOT / config["script"], n)
+            row[f"N = {n}"] = " ".join(f"{mean:.0f}" for mean in returns)
         rows.append(row)
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     collect.write(args.csv, rows)

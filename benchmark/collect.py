@@ -4,35 +4,37 @@ python benchmark/collect.py --runs runs/* --csv benchmark/results/small_setting.
 python benchmark/collect.py --runs out/*/runs/* --csv benchmark/results/small_setting.csv --add
 python benchmark/collect.py --csv benchmark/results/small_setting.csv --write-readme
 
+A run without evaluations, still running or failed, is named and left out.
 It needs neither the scripts' libraries nor a GPU: a script's defaults are read from its source.
 """
 
 import ast
 import csv
-import dataclasses
 import functools
 import json
-import pathlib
 import re
+import shlex
 import statistics
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import tyro
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "README.md", ROOT / "docs" / "som.md"
-NOT_SHOWN = "--exp-name", "--env-id", "--seed", "--save-model"  # in the table's own_flags
+NOT_SHOWN = "--exp-name", "--env-id", "--seed", "--save-model"  # in the table's own flags
 COLUMNS = (
     "script setting env_id seed global_step return_mean return_std num_updates wall_time_s "
     "versions commit hardware command"
 ).split()
 
 
-@dataclasses.dataclass
+@dataclass
 class CollectArgs:
-    csv: pathlib.Path
+    csv: Path
     """table of evaluations, one row each"""
-    runs: tuple[pathlib.Path, ...] = ()
+    runs: tuple[Path, ...] = ()
     """run folders to collect into it; without any, the table is read"""
     add: bool = False
     """keep the rows that the table has of other runs"""
@@ -40,73 +42,128 @@ class CollectArgs:
     """put the table into the README or docs/som.md, between its two comments"""
 
 
-def fail(message):
+def exit_with_error(message):
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 def script_of(config):
-    """Path of a run's script from the repository's root; runs from before scripts named themselves are told apart."""
-    name = config.get("script") or ("mfp" if "ivc_coef" in config else "som") + "_continuous_action.py"
-    return next((f"{folder}{name}" for folder in ("", "benchmark/") if (ROOT / folder / name).is_file()), name)
+    """Path of a run's script from the repository's root; the first runs did not name theirs."""
+    name = config.get("script")
+    if name is None:
+        name = "mfp_continuous_action.py" if "ivc_coef" in config else "som_continuous_action.py"
+    for folder in ("", "benchmark/"):
+        if (ROOT / folder / name).is_file():
+            return f"{folder}{name}"
+    return name
+
+
+def literal(node):
+    """(True, value) of an expression that is a literal, else (False, None)."""
+    try:
+        return True, ast.literal_eval(node)
+    except (TypeError, ValueError):
+        return False, None
 
 
 @functools.cache
-def defaults_of(script):
-    """The literal defaults of a script's Args."""
+def defaults_of(script, preset=None):
+    """The literal defaults of a script's Args, with those of a preset; None if the script is not here."""
+    if not (ROOT / script).is_file():
+        return None
     defaults = {}
-    if (ROOT / script).is_file():
-        classes = [node for node in ast.parse((ROOT / script).read_text()).body if getattr(node, "name", "") == "Args"]
-        for field in classes[0].body:
-            try:
-                defaults[field.target.id] = ast.literal_eval(field.value)
-            except (AttributeError, ValueError):  # a docstring; a default that is computed
-                continue
-    return defaults
+    for_preset = {}
+    for node in ast.parse((ROOT / script).read_text()).body:
+        if isinstance(node, ast.ClassDef) and node.name == "Args":
+            for field in node.body:
+                is_literal, value = literal(getattr(field, "value", None))
+                if isinstance(field, ast.AnnAssign) and is_literal:
+                    defaults[field.target.id] = value
+        # LAPTOP = {...}, then LAPTOP |= {...}
+        if isinstance(node, ast.Assign | ast.AugAssign) and preset is not None:
+            target = node.target if isinstance(node, ast.AugAssign) else node.targets[0]
+            if getattr(target, "id", None) == preset.upper():
+                for_preset |= ast.literal_eval(node.value)
+    return defaults | for_preset
+
+
+def words_of(name, value):
+    """A field of the configuration on the command line."""
+    flag = name.replace("_", "-")
+    if value is True:
+        return [f"--{flag}"]
+    if value is False:
+        return [f"--no-{flag}"]
+    if isinstance(value, str) and value.startswith("-"):  # else it would be read as a flag
+        return [f"--{flag}={value}"]
+    return [f"--{flag}", str(value)]
 
 
 def command_of(config):
-    """The command line that makes a run: every field whose value is not the default."""
+    """The command line that makes a run: every field whose value is not the default.
+
+    Without a known default, as in a script that was copied elsewhere, every field that has a value.
+    """
     script = script_of(config)
-    config = config | {"seed": config.get("first_seed", config["seed"])}  # a run of several seeds has one command
-    words = [f"python {script}"]
+    defaults = defaults_of(script, config.get("preset"))
+    config = config | {"seed": config.get("first_seed", config["seed"])}  # several seeds have one command
+    words = ["python", script]
     for name, value in config.items():
-        flag = name.replace("_", "-")
-        if name in defaults_of(script) and name != "resume" and value != defaults_of(script)[name]:
-            words.append(
-                f"--{flag} {value}" if not isinstance(value, bool) else f"--{flag}" if value else f"--no-{flag}"
-            )
-    return " ".join(words)
+        if defaults is None:
+            is_given = value is not None and name not in ("script", "versions", "resume", "first_seed")
+        else:
+            is_given = name in defaults and name != "resume" and value != defaults[name]
+        if is_given:
+            words += words_of(name, value)
+    return shlex.join(words)
+
+
+def rows_of(run):
+    """The rows of a run's evaluations. ValueError says why it has none."""
+    try:
+        config = json.loads((run / "config.json").read_text())
+        columns = {
+            "script": script_of(config),
+            "setting": config["exp_name"],
+            "env_id": config["env_id"],
+            "seed": str(config["seed"]),
+            "versions": " ".join(f"{name}={version}" for name, version in config["versions"].items()),
+            "command": command_of(config),
+        }
+        with (run / "evaluations.csv").open() as file:
+            evaluations = [row for row in csv.DictReader(file) if row["wall_time_s"]]  # whole rows
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{type(error).__name__} {error}") from None
+    if not evaluations:
+        raise ValueError("no evaluation in evaluations.csv")
+    attempts = []
+    path = run.resolve().parent.parent / "attempts.jsonl"  # of launch.py, which knows commit and hardware
+    if path.is_file():
+        attempts = [json.loads(line) for line in path.read_text().splitlines()]
+    for name in ("commit", "hardware"):
+        columns[name] = " + ".join(dict.fromkeys(attempt[name] for attempt in attempts))
+    return [row | columns for row in evaluations]
 
 
 def collect(runs):
     """The rows of a table, run after run."""
+    rows = []
     folders = {}
     for run in runs:
-        for name in "config.json", "evaluations.csv":
-            if not (run / name).is_file():
-                fail(f"{run}/{name} is missing")
+        if not run.is_dir():
+            exit_with_error(f"--runs {run} is not a folder")
         try:
-            config = json.loads((run / "config.json").read_text())
-            columns = {
-                "script": script_of(config),
-                "setting": config["exp_name"],
-                "env_id": config["env_id"],
-                "seed": str(config["seed"]),
-                "versions": " ".join(f"{name}={version}" for name, version in config["versions"].items()),
-                "command": command_of(config),
-            }
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            fail(f"{run}/config.json is not that of a run: {type(error).__name__} {error}")
-        if folders.setdefault(run_of(columns), run) != run:
-            fail(f"{run} and {folders[run_of(columns)]} are both {' '.join(map(str, run_of(columns)))}")
-        attempts = run.resolve().parent.parent / "attempts.jsonl"  # of launch.py, which knows commit and hardware
-        lines = [json.loads(line) for line in attempts.read_text().splitlines()] if attempts.is_file() else []
-        for name in "commit", "hardware":
-            columns[name] = " + ".join(dict.fromkeys(line[name] for line in lines))
-        with (run / "evaluations.csv").open() as file:
-            for row in csv.DictReader(file):
-                yield row | columns
+            rows_of_run = rows_of(run)
+        except ValueError as error:
+            print(f"note: {run} is left out: {error}", file=sys.stderr)
+            continue
+        key = run_of(rows_of_run[0])
+        if folders.setdefault(key, run) != run:
+            exit_with_error(f"{run} and {folders[key]} are both {' '.join(map(str, key))}")
+        rows += rows_of_run
+    if not rows:
+        exit_with_error("none of --runs has an evaluation")
+    return rows
 
 
 def run_of(row):
@@ -118,7 +175,7 @@ def read(path):
     with path.open() as file:
         rows = list(csv.DictReader(file))
     if not rows:
-        fail(f"{path} has no rows")
+        exit_with_error(f"{path} has no rows")
     for row in rows:
         if "return_mean" in row:
             row.setdefault("script", row["command"].split()[1])
@@ -129,43 +186,65 @@ def read(path):
 
 def flags_of(command):
     """The flags of a command, with their values."""
-    flags = (flag.strip() for flag in re.split(r" (?=--)", command)[1:])
+    flags = []
+    for word in shlex.split(command):
+        if word.startswith("--"):
+            flags.append([word])
+        elif flags:
+            flags[-1].append(word)
+    flags = [shlex.join(words) for words in flags]
     return [flag for flag in flags if not flag.startswith(NOT_SHOWN)]
 
 
+def as_markdown(lines, rule=" --- "):
+    """Lines of cells as a table; the first has its heads, and a rule is drawn under each."""
+    rows = [f"| {' | '.join(cells)} |" for cells in lines]
+    rows.insert(1, len(lines[0]) * f"|{rule}" + "|")
+    return "\n".join(rows)
+
+
 def markdown(path):
-    """A CSV as the pages show it: final returns seed by seed where it holds evaluations, else as it stands.
+    """A CSV as the pages show it: final returns seed by seed if it holds evaluations, else as it stands.
 
     own flags: those that not every run of the script has.
     """
     rows = read(path)
-    if "return_mean" not in rows[0]:
-        lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
-        if len(rows) < 3:  # few and long: on its side
-            lines = [[column, *(row[column] for row in rows)] for column in rows[0]]
-            lines.insert(1, ["---"] * len(lines[0]))
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    final, common, own = {}, {}, {}
+    if "return_mean" in rows[0]:
+        return table_of_returns(rows)
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    if len(rows) < 3:  # few and long: on its side
+        lines = [list(column) for column in zip(*lines, strict=True)]
+    return as_markdown(lines)
+
+
+def table_of_returns(rows):
+    final = {}
+    common = {}
+    own = {}
     for row in rows:
         seeds = final.setdefault(run_of(row)[:3], {})
         seeds[int(row["seed"])] = (int(row["global_step"]), float(row["return_mean"]))
-        common[row["script"]] = common.get(row["script"], set(flags_of(row["command"]))) & set(flags_of(row["command"]))
+        flags = set(flags_of(row["command"]))
+        common[row["script"]] = common.get(row["script"], flags) & flags
     for row in rows:
         flags = [flag for flag in flags_of(row["command"]) if flag not in common[row["script"]]]
-        own.setdefault(run_of(row)[:3], dict.fromkeys(flags)).update(dict.fromkeys(flags))
-    lines = [
-        "| environment | script | setting | own flags | steps | final return, seed by seed | mean |",
-        "|---|---|---|---|---|---|---|",
-    ]
+        own.setdefault(run_of(row)[:3], {}).update(dict.fromkeys(flags))
+    lines = ["environment | script | setting | own flags | steps | final return, seed by seed | mean".split(" | ")]
     for (env_id, setting, script), seeds in final.items():
         returns = [seeds[seed][1] for seed in sorted(seeds)]
-        cells = ", ".join(f"{value:,.0f}" for value in returns)
-        steps = max(step for step, _ in seeds.values())
-        flags = f"`{' '.join(own[env_id, setting, script])}`" if own[env_id, setting, script] else ""
-        mean = f"{statistics.mean(returns):,.0f}"
-        stem = pathlib.Path(script).stem.replace("_continuous_action", "")
-        lines.append(f"| {env_id} | {stem} | {setting} | {flags} | {steps:,} | {cells} | {mean} |")
-    return "\n".join(lines)
+        flags = " ".join(own[env_id, setting, script])
+        lines.append(
+            [
+                env_id,
+                Path(script).stem.replace("_continuous_action", ""),
+                setting,
+                f"`{flags}`" if flags else "",
+                f"{max(step for step, _ in seeds.values()):,}",
+                ", ".join(f"{value:,.0f}" for value in returns),
+                f"{statistics.mean(returns):,.0f}",
+            ]
+        )
+    return as_markdown(lines, rule="---")
 
 
 def write(path, rows, columns=None):
@@ -188,21 +267,20 @@ def with_table(text, path, table):
 if __name__ == "__main__":
     args = tyro.cli(CollectArgs)
     if args.runs:
-        rows = list(collect(args.runs))
+        rows = collect(args.runs)
         if args.add and args.csv.is_file():
             collected = {run_of(row) for row in rows}
             rows += [row for row in read(args.csv) if run_of(row) not in collected]
         rows.sort(key=run_of)
         write(args.csv, rows, COLUMNS)
     elif not args.csv.is_file():
-        fail(f"{args.csv} is missing; --runs makes it")
+        exit_with_error(f"{args.csv} is missing; --runs makes it")
     table = markdown(args.csv)
     print(table)
     if args.write_readme:
         pages = [page for page in PAGES if with_table(page.read_text(), args.csv, table)]
         if not pages:
-            fail(
-                f"neither README.md nor docs/som.md has a place <!-- {args.csv.name} --> ... <!-- end --> for the table"
-            )
+            place = f"<!-- {args.csv.name} --> ... <!-- end -->"
+            exit_with_error(f"neither README.md nor docs/som.md has a place {place} for the table")
         for page in pages:
             page.write_text(with_table(page.read_text(), args.csv, table))

@@ -3,8 +3,8 @@
 python benchmark/launch.py --out out --scripts som_continuous_action.py mfp_continuous_action.py benchmark/sac.py \\
     --env-ids HalfCheetah-v4 Hopper-v4 Walker2d-v4 --seeds 1 2 3 \\
     --settings "som_continuous_action:prior=--reference prior" "som_continuous_action:w5=--score-scale 5" \\
-    --script-flags "som_continuous_action: --num-mc-samples 8 --no-autotune" "mfp_continuous_action: --best-of-n 4" \\
-    --cpus-per-run 1 -- --total-timesteps 160000 --num-envs 4 --learning-starts 5000 --hidden-dim 64
+    --script-flags "som_continuous_action: --preset laptop" "mfp_continuous_action: --preset laptop" \\
+    --cpus-per-run 1 -- --total-timesteps 160000 --eval-frequency 40000
 
 What follows the lone -- is for every script. Each run has a folder of its own, OUT/SCRIPT__ENV__SETTING__SEED, where
 its output.log, its attempts.jsonl (command, commit, hardware) and its runs/NAME lie; on a cluster OUT is on a disk
@@ -16,12 +16,10 @@ Then: python benchmark/collect.py --csv results.csv --runs OUT/*/runs/*
 
 import csv
 import ctypes
-import dataclasses
 import fcntl
 import itertools
 import json
 import os
-import pathlib
 import platform
 import re
 import shlex
@@ -31,15 +29,21 @@ import socket
 import subprocess
 import sys
 import time
+from collections import namedtuple
+from dataclasses import dataclass
+from pathlib import Path
 
 import tyro
 
+# Where a job's run stands: its folder, step, number of steps, last return, and whether it is over
+Standing = namedtuple("Standing", "run step total last_return over")
 
-@dataclasses.dataclass
+
+@dataclass
 class LaunchArgs:
-    out: pathlib.Path
+    out: Path
     """folder of the runs' folders"""
-    scripts: tuple[pathlib.Path, ...]
+    scripts: tuple[Path, ...]
     """training scripts"""
     env_ids: tuple[str, ...]
     """Gymnasium ids"""
@@ -65,12 +69,12 @@ class LaunchArgs:
     """print the commands and end"""
 
 
-def fail(message):
+def exit_with_error(message):
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
-@dataclasses.dataclass
+@dataclass
 class Job:
     script: str  # absolute path
     env_id: str
@@ -86,46 +90,57 @@ class Job:
 
     @property
     def name(self):
-        return "__".join([pathlib.Path(self.script).stem, self.env_id, self.setting, str(self.seed)]).replace("/", "_")
+        name = f"{Path(self.script).stem}__{self.env_id}__{self.setting}__{self.seed}"
+        return name.replace("/", "_")
 
     @property
     def folder(self):
-        return pathlib.Path(self.out, self.name)
+        return Path(self.out, self.name)
 
     @property
     def words(self):
         words = ["--env-id", self.env_id, "--seed", str(self.seed)]
-        return words + ["--exp-name", self.setting] * (self.setting != "default") + self.flags
+        if self.setting != "default":
+            words += ["--exp-name", self.setting]
+        return words + self.flags
 
     @property
     def total_timesteps(self):
         """The value of that flag, None where the script's default counts."""
-        return next((int(value) for name, value in pairs(self.flags) if name == "--total-timesteps"), None)
+        for name, value in pairs(self.flags):
+            if name == "--total-timesteps":
+                return int(value)
+        return None
 
-    def run(self):
-        """The furthest of the folder's runs: its path, step, number of steps, last return, and whether it is over."""
-        runs = []
+    def standing(self):
+        """Where the furthest of the folder's runs stands."""
+        found = []
         for path in sorted(self.folder.glob("runs/*/config.json")):
+            run = path.parent
             try:
                 config = json.loads(path.read_text())
-                total, num_envs = self.total_timesteps or config["total_timesteps"], config["num_envs"]
+                total = self.total_timesteps or config["total_timesteps"]
+                last_step = total - total % config["num_envs"]
             except (KeyError, ValueError):  # killed while it was written
                 continue
-            saved = [int(re.search(r"\d+", file.name)[0]) for file in checkpoints(path.parent)]
-            evaluated, last_return = last_evaluation(path.parent / "evaluations.csv")
-            over = evaluated >= total - total % num_envs  # the last of range(num_envs, total + 1, num_envs)
-            runs.append((path.parent, max([evaluated, *saved]), total, last_return, over, bool(saved)))
+            saved = [int(re.search(r"\d+", file.name)[0]) for file in checkpoints(run)]
+            evaluated, last_return = last_evaluation(run / "evaluations.csv")
+            step = max([evaluated, *saved])
+            found.append(Standing(run, step, total, last_return, over=evaluated >= last_step))
+        if not found:
+            return Standing(None, 0, self.total_timesteps, None, False)
         # several seeds of one process have their checkpoints in one of the folders
-        none = None, 0, self.total_timesteps, None, False, False
-        return max(runs, key=lambda run: (run[4], run[1], run[5]), default=none)[:5]
+        return max(found, key=lambda standing: (standing.over, standing.step, bool(checkpoints(standing.run))))
 
     def command(self, python):
         """What brings the run to its end from where it is."""
-        run, *_ = self.run()
+        run = self.standing().run
         if run is None or not checkpoints(run):
             return [python, self.script, *self.words]
-        extend = ["--total-timesteps", str(self.total_timesteps)] if self.total_timesteps else []
-        return [python, self.script, "--resume", f"runs/{run.name}", *extend]
+        words = [python, self.script, "--resume", f"runs/{run.name}"]
+        if self.total_timesteps is not None:
+            words += ["--total-timesteps", str(self.total_timesteps)]
+        return words
 
 
 def pairs(flags):
@@ -133,7 +148,9 @@ def pairs(flags):
     for word, after in itertools.zip_longest(flags, flags[1:], fillvalue="--"):
         if word.startswith("--"):
             name, equals, value = word.partition("=")
-            yield name.replace("_", "-"), value if equals else "" if after.startswith("--") else after
+            if not equals and not after.startswith("--"):
+                value = after
+            yield name.replace("_", "-"), value
 
 
 def checkpoints(run):
@@ -150,72 +167,101 @@ def last_evaluation(path):
         return 0, None
 
 
-def grid(args, common):
-    """The jobs, script by script, environment by environment, setting by setting, seed by seed."""
-    if not (args.scripts and args.env_ids and args.seeds):
-        fail("--scripts, --env-ids and --seeds need at least one value each")
+def split_words(flag, words):
+    try:
+        return shlex.split(words)
+    except ValueError as error:
+        exit_with_error(f"{flag} {words!r}: {error}")
+
+
+def settings_of(args):
+    """{script's stem: {setting: its flags}} of --settings."""
     stems = [script.stem for script in args.scripts]
-    for script in args.scripts:
-        if not script.is_file():
-            fail(f"--scripts {script} is missing")
-        if stems.count(script.stem) > 1:
-            fail(f"--scripts has two of the name {script.stem}")
-    settings, script_flags = {stem: {} for stem in stems}, {stem: [] for stem in stems}
-
-    def split(flag, words):
-        try:
-            return shlex.split(words)
-        except ValueError as error:
-            fail(f"{flag} {words!r}: {error}")
-
+    settings = {stem: {} for stem in stems}
     for text in args.settings:
         match = re.fullmatch(r"(?:([^:= ]+):)?([\w.+-]+)=(.*)", text, re.DOTALL)
         if not match:
-            fail(f'--settings {text!r} is not "NAME=FLAGS" or "SCRIPT:NAME=FLAGS"')
-        only = match[1] and pathlib.Path(match[1]).stem
-        if only and only not in stems:
-            fail(f"--settings {text!r}: {match[1]} is not among --scripts")
-        for stem in [only] if only else stems:
-            if match[2] in settings[stem]:
-                fail(f"--settings {text!r}: the name is taken")
-            settings[stem][match[2]] = split("--settings", match[3])
+            exit_with_error(f'--settings {text!r} is not "NAME=FLAGS" or "SCRIPT:NAME=FLAGS"')
+        script, name, words = match.groups()
+        if script is not None:
+            only = Path(script).stem
+            if only not in stems:
+                exit_with_error(f"--settings {text!r}: {script} is not among --scripts")
+        for stem in stems if script is None else [only]:
+            if name in settings[stem]:
+                exit_with_error(f"--settings {text!r}: the name is taken")
+            settings[stem][name] = split_words("--settings", words)
+    return {stem: of_script or {"default": []} for stem, of_script in settings.items()}
+
+
+def script_flags_of(args):
+    """{script's stem: its flags} of --script-flags."""
+    flags = {script.stem: [] for script in args.scripts}
     for text in args.script_flags:
-        stem, colon, words = text.partition(":")
-        if not colon or pathlib.Path(stem.strip()).stem not in stems:
-            fail(f'--script-flags {text!r} is not "SCRIPT: FLAGS" with one of --scripts')
-        script_flags[pathlib.Path(stem.strip()).stem] += split("--script-flags", words)
-    jobs = []
-    for script in args.scripts:
-        commit, of_script = commit_of(script), settings[script.stem] or {"default": []}
-        for env_id, (setting, flags), seed in itertools.product(args.env_ids, of_script.items(), args.seeds):
-            words = common + script_flags[script.stem] + flags
-            job = Job(str(script.resolve()), env_id, setting, seed, words, str(args.out.resolve()), commit)
-            names = [name for name, _ in pairs(words)]
-            for name in names:
-                if name in ("--env-id", "--seed", "--exp-name", "--resume"):
-                    fail(f"{name} of {job.name} is not yours to give: the grid does")
-                if names.count(name) > 1:
-                    fail(f"{name} is given twice to {job.name}")
+        script, _, words = text.partition(":")
+        stem = Path(script.strip()).stem
+        if ":" not in text or stem not in flags:
+            exit_with_error(f'--script-flags {text!r} is not "SCRIPT: FLAGS" with one of --scripts')
+        flags[stem] += split_words("--script-flags", words)
+    return flags
+
+
+def check_flags(job):
+    names = [name for name, _ in pairs(job.flags)]
+    for name in names:
+        if name in ("--env-id", "--seed", "--exp-name", "--resume"):
+            exit_with_error(f"{name} of {job.name} is not yours to give: the grid does")
+        if names.count(name) > 1:
+            exit_with_error(f"{name} is given twice to {job.name}")
+    for name, value in pairs(job.flags):
+        if name == "--total-timesteps":
             try:
-                _ = job.total_timesteps
+                int(value)
             except ValueError as error:
-                fail(f"--total-timesteps of {job.name}: {error}")
-            jobs.append(job)
-    for job, other in itertools.combinations(jobs, 2):
-        if job.name == other.name:
-            fail(f"{job.name} is twice in the grid")
-    return jobs
+                exit_with_error(f"--total-timesteps of {job.name}: {error}")
+
+
+def grid(args, common):
+    """The jobs, script by script, environment by environment, setting by setting, seed by seed."""
+    if not (args.scripts and args.env_ids and args.seeds):
+        exit_with_error("--scripts, --env-ids and --seeds need at least one value each")
+    stems = [script.stem for script in args.scripts]
+    for script in args.scripts:
+        if not script.is_file():
+            exit_with_error(f"--scripts {script} is missing")
+        if stems.count(script.stem) > 1:
+            exit_with_error(f"--scripts has two of the name {script.stem}")
+    settings = settings_of(args)
+    script_flags = script_flags_of(args)
+    out = str(args.out.resolve())
+    jobs = {}
+    for script in args.scripts:
+        commit = commit_of(script)
+        cells = itertools.product(args.env_ids, settings[script.stem].items(), args.seeds)
+        for env_id, (setting, flags), seed in cells:
+            flags = common + script_flags[script.stem] + flags
+            job = Job(str(script.resolve()), env_id, setting, seed, flags, out, commit)
+            check_flags(job)
+            if job.name in jobs:
+                exit_with_error(f"{job.name} is twice in the grid")
+            jobs[job.name] = job
+    return list(jobs.values())
 
 
 def commit_of(script):
     """The commit that a script is from, marked where the file has been changed since; empty outside git."""
-    git = ["git", "-C", str(script.resolve().parent)]
+
+    def git(*words):
+        command = ["git", "-C", str(script.resolve().parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "--", script.name], capture_output=True, text=True)
+        commit = git("rev-parse", "--short=12", "HEAD")
+        if git("status", "--porcelain", "--", script.name):
+            commit += " with changes"
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return head.stdout.strip() + (" with changes" if changed.stdout.strip() else "")
+    return commit
 
 
 def check_same(job):
@@ -223,34 +269,48 @@ def check_same(job):
     path = job.folder / "job.json"
     flags = [list(pair) for pair in pairs(job.words) if pair[0] != "--total-timesteps"]
     if path.is_file() and json.loads(path.read_text())["flags"] != flags:
-        fail(f"{job.folder} was started with other flags, see its job.json: take another --out or name of the setting")
+        exit_with_error(
+            f"{job.folder} was started with other flags, see its job.json: take another --out or name of the setting"
+        )
     return {"script": job.script, "flags": flags}
 
 
 def hardware(cpus, gpus):
     try:
-        cpu = re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())[1]
+        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
     except (OSError, TypeError):
         cpu = platform.processor() or platform.machine()
     text = f"{cpu}, {cpus:g} CPU"
     if gpus and shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         names = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
-        text += f", {gpus:g} {names[0]}" if names else ""
+        if names:
+            text += f", {gpus:g} {names[0]}"
     return text
+
+
+def lock_folder(job, grace_s):
+    """The lock of the job's folder, which the script inherits: two launches never write into one run."""
+    lock = (job.folder / "lock").open("a")
+    for _ in range(int(grace_s) + 1):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            time.sleep(1)
+    raise RuntimeError(f"another process is running in {job.folder}")
+
+
+def before_exec():
+    """In the new process: signals arrive, and one comes when Ray's worker dies."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT, signal.SIGTERM])  # Ray blocks them
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def attempt(job, python, cpus, gpus, grace_s):
     """On the machine that Ray chose: the script to its end, in its folder. Returns its exit code."""
-    lock = (job.folder / "lock").open("a")  # the script inherits it: two launches never write into one run
-    for wait in range(int(grace_s) + 1, -1, -1):
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if not wait:
-                raise RuntimeError(f"another process is running in {job.folder}") from None
-            time.sleep(1)
+    lock = lock_folder(job, grace_s)
     words = job.command(python)
     if "--resume" not in words:  # what has no checkpoint is begun anew, and out of the way of OUT/*/runs/*
         for run in job.folder.glob("runs/*"):
@@ -261,15 +321,15 @@ def attempt(job, python, cpus, gpus, grace_s):
         environment["CUDA_VISIBLE_DEVICES"] = ""
     elif gpus < 1:
         environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    record = {"command": shlex.join(words), "commit": job.commit, "hardware": hardware(cpus, gpus)}
+    record = {
+        "command": shlex.join(words),
+        "commit": job.commit,
+        "hardware": hardware(cpus, gpus),
+        "host": socket.gethostname(),
+        "time": time.time(),
+    }
     with (job.folder / "attempts.jsonl").open("a") as file:
-        file.write(json.dumps(record | {"host": socket.gethostname(), "time": time.time()}) + "\n")
-
-    def before_exec():
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT, signal.SIGTERM])  # Ray blocks them
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: end when Ray's worker dies
-
+        file.write(json.dumps(record) + "\n")
     with (job.folder / "output.log").open("a") as log:
         log.write(f"$ {record['command']}\n")
         log.flush()
@@ -298,20 +358,26 @@ def attempt(job, python, cpus, gpus, grace_s):
 
 
 def last_lines(job, number=10):
+    """The end of the last attempt's output, without what a progress bar has drawn over."""
     try:
         text = (job.folder / "output.log").read_text(errors="replace")
     except OSError:
         return []
-    return [line.rpartition("\r")[2] for line in text.rpartition("\n$ ")[2].rstrip().splitlines()[1:]][-number:]
+    _, _, of_attempt = text.rpartition("\n$ ")
+    lines = of_attempt.rstrip().splitlines()[1:]  # without the command
+    return [line.rpartition("\r")[2] for line in lines[-number:]]
 
 
-def describe(job, width, stands):
-    _, step, total, last_return, _ = stands
-    done = min(1.0, step / total) if total else 0.0
-    bar = "#" * round(10 * done) + "." * (10 - round(10 * done))
-    steps = f"{step:,} / {total:,}" if total else f"{step:,}"
-    cells = [f"{job.name:<{width}}", f"{job.state:<8}", f"[{bar}]", f"{steps:>23}"]
-    cells.append("return        -" if last_return is None else f"return {last_return:8.1f}")
+def describe(job, width, standing):
+    """A job's line in the table."""
+    done = min(1.0, standing.step / standing.total) if standing.total else 0.0
+    bar = "#" * round(10 * done)
+    steps = f"{standing.step:,} / {standing.total:,}" if standing.total else f"{standing.step:,}"
+    cells = [f"{job.name:<{width}}", f"{job.state:<8}", f"[{bar:.<10}]", f"{steps:>23}"]
+    if standing.last_return is None:
+        cells.append("return        -")
+    else:
+        cells.append(f"return {standing.last_return:8.1f}")
     if job.state == "running" and job.began:
         minutes, seconds = divmod(int(time.time() - job.began), 60)
         cells.append(f"{minutes:3}:{seconds:02}")
@@ -324,37 +390,46 @@ class Table:
     """On a terminal all runs, drawn again and again; elsewhere one line whenever a run changes."""
 
     def __init__(self, jobs):
-        self.jobs, self.live, self.drawn, self.shown = jobs, sys.stdout.isatty(), 0, {}
-        self.width, self.seen = max(len(job.name) for job in jobs), {}
+        self.jobs = jobs
+        self.width = max(len(job.name) for job in jobs)
+        self.on_terminal = sys.stdout.isatty()
+        self.lines_drawn = 0
+        self.shown = {}  # what the last line of each job said
+        self.seen = {}  # the state and standing of each job when its files were read
 
-    def line(self, job):
+    def standing(self, job):
         """The files are read of what is running or has changed, not of hundreds that are finished."""
-        state, stands = self.seen.get(job.name, (None, None))
+        state, standing = self.seen.get(job.name, (None, None))
         if job.state == "running" or job.state != state:
-            self.seen[job.name] = job.state, (stands := job.run())
-        return describe(job, self.width, stands), stands
+            standing = job.standing()
+            self.seen[job.name] = (job.state, standing)
+        return standing
 
     def draw(self):
-        if not self.live:
-            for job in self.jobs:
-                line, stands = self.line(job)
-                now = job.state, job.attempts, stands[3]
-                if self.shown.get(job.name) != now and (job.state != "waiting" or job.attempts):
-                    print(line, flush=True)
-                self.shown[job.name] = now
+        if self.on_terminal:
+            self.draw_on_terminal()
             return
-        size = shutil.get_terminal_size()
-        order = {"running": 0, "failed": 1, "stopped": 2, "waiting": 3, "finished": 4}
-        rows = sorted(self.jobs, key=lambda job: order[job.state])[: max(1, size.lines - 2)]
-        states = [job.state for job in self.jobs]
-        counts = ", ".join(f"{states.count(state)} {state}" for state in order if state in states)
-        lines = [line[: size.columns - 1] for line in [*(self.line(job)[0] for job in rows), counts]]
-        print((f"\x1b[{self.drawn}F" if self.drawn else "") + "\x1b[J" + "\n".join(lines), flush=True)
-        self.drawn = len(lines)
+        for job in self.jobs:
+            standing = self.standing(job)
+            news = (job.state, job.attempts, standing.last_return)
+            has_begun = job.state != "waiting" or job.attempts > 0
+            if has_begun and self.shown.get(job.name) != news:
+                print(describe(job, self.width, standing), flush=True)
+            self.shown[job.name] = news
+
+    def draw_on_terminal(self):
+        columns, height = shutil.get_terminal_size()
+        order = ["running", "failed", "stopped", "waiting", "finished"]
+        jobs = sorted(self.jobs, key=lambda job: order.index(job.state))
+        states = [job.state for job in jobs]
+        lines = [describe(job, self.width, self.standing(job)) for job in jobs[: max(1, height - 2)]]
+        lines.append(", ".join(f"{states.count(state)} {state}" for state in order if state in states))
+        up = f"\x1b[{self.lines_drawn}F" if self.lines_drawn else ""
+        print(f"{up}\x1b[J" + "\n".join(line[: columns - 1] for line in lines), flush=True)
+        self.lines_drawn = len(lines)
 
 
-def launch(jobs, args):
-    """Runs the jobs that are not finished; returns the exit code."""
+def start_ray(args):
     try:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -362,98 +437,152 @@ def launch(jobs, args):
         os.environ.setdefault("RAY_kill_child_processes_on_worker_exit", "0")
         import ray
     except ImportError:
-        fail("Ray is missing: pip install -r benchmark/requirements.txt")
-    for job, definition in [(job, check_same(job)) for job in jobs]:
-        job.folder.mkdir(parents=True, exist_ok=True)
-        if not (job.folder / "job.json").is_file():
-            (job.folder / "job.json").write_text(json.dumps(definition, indent=2))
-        if job.run()[4]:
-            job.state = "finished"
-    table = Table(jobs)
-    if all(job.state == "finished" for job in jobs):
-        table.live = False
-        table.draw()
-        return 0
+        exit_with_error("Ray is missing: pip install -r benchmark/requirements.txt")
     options = {"log_to_driver": False, "logging_level": "ERROR"}
     if args.address is None:  # None would join a cluster that happens to run here
         options |= {"address": "local", "num_cpus": args.num_cpus, "include_dashboard": False}
     else:
         options["address"] = args.address
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # workers that inherit it ignored (&) feel no cancellation
+    # workers that inherit it ignored, as by `launch.py &` in a script, feel no cancellation
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         ray.init(**options)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        fail(f"Ray does not start: {' '.join(str(error).split())}")
-    for name, asked in ("CPU", args.cpus_per_run), ("GPU", args.gpus_per_run):
+        exit_with_error(f"Ray does not start: {' '.join(str(error).split())}")
+    for name, asked in (("CPU", args.cpus_per_run), ("GPU", args.gpus_per_run)):
         found = ray.cluster_resources().get(name, 0)
         if asked > found:
-            fail(f"a run asks for {asked:g} {name}, Ray has {found:g}")
-    remote = ray.remote(num_cpus=args.cpus_per_run, num_gpus=args.gpus_per_run, max_retries=0)(attempt)
-    tasks, lines_before, stop = {}, {}, []
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, lambda number, _: stop.append(number))
+            exit_with_error(f"a run asks for {asked:g} {name}, Ray has {found:g}")
+    return ray
 
-    def attempts_begun(job):
-        path = job.folder / "attempts.jsonl"
-        return len(path.read_text().splitlines()) if path.is_file() else 0
 
-    def submit(job):
-        job.state, job.attempts, job.began = "waiting", job.attempts + 1, None
-        lines_before[job.name] = attempts_begun(job)
-        tasks[remote.remote(job, sys.executable, args.cpus_per_run, args.gpus_per_run, args.grace_s)] = job
+def attempts_begun(job):
+    path = job.folder / "attempts.jsonl"
+    return len(path.read_text().splitlines()) if path.is_file() else 0
 
-    def judge(job, task):
+
+class Launch:
+    """The jobs on Ray: what has been submitted, and what became of it."""
+
+    def __init__(self, ray, jobs, args):
+        self.ray = ray
+        self.args = args
+        self.tasks = {}  # {Ray's reference: job}
+        self.begun_before = {}  # {job's name: attempts before the present one}
+        self.signals = []  # received so far
+        resources = {"num_cpus": args.cpus_per_run, "num_gpus": args.gpus_per_run}
+        self.remote_attempt = ray.remote(**resources, max_retries=0)(attempt)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+        for job in jobs:
+            if job.state != "finished":
+                self.submit(job)
+
+    def receive(self, number, frame):
+        self.signals.append(number)
+
+    def submit(self, job):
+        args = self.args
+        job.state = "waiting"
+        job.attempts += 1
+        job.began = None
+        self.begun_before[job.name] = attempts_begun(job)
+        resources = (args.cpus_per_run, args.gpus_per_run)
+        task = self.remote_attempt.remote(job, sys.executable, *resources, args.grace_s)
+        self.tasks[task] = job
+
+    def judge(self, job, task):
         """What became of an attempt."""
+        exceptions = self.ray.exceptions
+        code = None
         try:
-            code = ray.get(task)
-        except ray.exceptions.TaskCancelledError:
+            code = self.ray.get(task)
+            job.message = f"exit code {code}" if code >= 0 else f"killed by signal {-code}"
+        except exceptions.TaskCancelledError:
             job.state = "stopped"
             return
-        except ray.exceptions.RayError as error:
-            code, job.message = None, str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
-        else:
-            job.message = f"exit code {code}" if code >= 0 else f"killed by signal {-code}"
-        _, _, total, _, over = job.run()
-        if code == 0 and over:
+        except exceptions.RayError as error:
+            cause = getattr(error, "cause", None) or error
+            job.message = str(cause).strip().splitlines()[-1]
+        standing = job.standing()
+        if code == 0 and standing.over:
             job.state = "finished"
-        elif stop:
+        elif self.signals:
             job.state = "stopped"
         else:
             job.state = "failed"
-            job.message += f", but its evaluations end before step {total}" * (code == 0)
-            if code != 2 and job.attempts <= args.retries:
-                submit(job)
+            if code == 0:
+                job.message += f", but its evaluations end before step {standing.total}"
+            if code != 2 and job.attempts <= self.args.retries:
+                self.submit(job)
 
-    for job in jobs:
-        if job.state != "finished":
-            submit(job)
-    told = 0
-    while tasks:
-        for task in ray.wait(list(tasks), timeout=1.0)[0]:
-            judge(tasks.pop(task), task)
-        for job in tasks.values():
-            if job.began is None and attempts_begun(job) > lines_before[job.name]:
-                job.state, job.began = "running", time.time()
-        table.draw()
-        if len(stop) > told:
-            if told == 0:
-                print("ending the runs; they write their checkpoints", file=sys.stderr)
-            for task in tasks:
-                ray.cancel(task, force=told > 0)
-            told = len(stop)
-    ray.shutdown()
-    failed = [job for job in jobs if job.state == "failed"]
+    def run(self, table):
+        """Until every task has ended; on a signal the runs are told to end, on a second one Ray ends them."""
+        signals_told = 0
+        while self.tasks:
+            ended, _ = self.ray.wait(list(self.tasks), timeout=1.0)
+            for task in ended:
+                self.judge(self.tasks.pop(task), task)
+            for job in self.tasks.values():
+                if job.began is None and attempts_begun(job) > self.begun_before[job.name]:
+                    job.state = "running"
+                    job.began = time.time()
+            table.draw()
+            if len(self.signals) > signals_told:
+                if signals_told == 0:
+                    print("ending the runs; they write their checkpoints", file=sys.stderr)
+                for task in self.tasks:
+                    self.ray.cancel(task, force=signals_told > 0)
+                signals_told = len(self.signals)
+        self.ray.shutdown()
+
+
+def report(failed):
     for job in failed:
-        times = f"{job.attempts} attempt{'s' * (job.attempts > 1)}"
-        print(f"failed: {job.name}, {job.message} ({times}); {job.folder}/output.log ends:", file=sys.stderr)
+        times = "1 attempt" if job.attempts == 1 else f"{job.attempts} attempts"
+        place = f"{job.folder}/output.log ends:"
+        print(f"failed: {job.name}, {job.message} ({times}); {place}", file=sys.stderr)
         for line in last_lines(job):
             print(f"    {line}", file=sys.stderr)
-    return 128 + stop[0] if stop else 1 if failed else 0
+
+
+def launch(jobs, args):
+    """Runs the jobs that are not finished; returns the exit code."""
+    definitions = [check_same(job) for job in jobs]  # all of them before a folder is made
+    for job, definition in zip(jobs, definitions, strict=True):
+        job.folder.mkdir(parents=True, exist_ok=True)
+        if not (job.folder / "job.json").is_file():
+            (job.folder / "job.json").write_text(json.dumps(definition, indent=2))
+        if job.standing().over:
+            job.state = "finished"
+    table = Table(jobs)
+    if all(job.state == "finished" for job in jobs):
+        table.on_terminal = False
+        table.draw()
+        return 0
+    launched = Launch(start_ray(args), jobs, args)
+    launched.run(table)
+    failed = [job for job in jobs if job.state == "failed"]
+    report(failed)
+    if launched.signals:
+        return 128 + launched.signals[0]
+    return 1 if failed else 0
+
+
+def print_commands(jobs, args):
+    for job in jobs:
+        check_same(job)
+        if job.standing().over:
+            print(f"# finished: {job.folder}")
+            continue
+        folder = shlex.quote(str(job.folder))
+        threads = f"OMP_NUM_THREADS={max(1, int(args.cpus_per_run))}"
+        print(f"mkdir -p {folder} && cd {folder} && {threads} {shlex.join(job.command(sys.executable))}")
 
 
 def main(words):
-    own, common = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
-    args = tyro.cli(LaunchArgs, args=own, description=__doc__)
+    end = words.index("--") if "--" in words else len(words)
+    args = tyro.cli(LaunchArgs, args=words[:end], description=__doc__)
     rules = {
         "--cpus-per-run must be > 0": args.cpus_per_run > 0,
         "--gpus-per-run must be >= 0": args.gpus_per_run >= 0,
@@ -465,18 +594,13 @@ def main(words):
         "--num-cpus is of this machine, not of a cluster": args.num_cpus is None or args.address is None,
         f"--out {args.out} is not a folder": args.out.is_dir() or not args.out.exists(),
     }
-    for rule in [rule for rule, holds in rules.items() if not holds]:
-        fail(rule)
-    jobs = grid(args, common)
+    for rule, holds in rules.items():
+        if not holds:
+            exit_with_error(rule)
+    jobs = grid(args, common=words[end + 1 :])
     if not args.dry_run:
         return launch(jobs, args)
-    for job in jobs:
-        check_same(job)
-        if job.run()[4]:
-            print(f"# finished: {job.folder}")
-            continue
-        folder, threads = shlex.quote(str(job.folder)), f"OMP_NUM_THREADS={max(1, int(args.cpus_per_run))}"
-        print(f"mkdir -p {folder} && cd {folder} && {threads} {shlex.join(job.command(sys.executable))}")
+    print_commands(jobs, args)
     return 0
 
 

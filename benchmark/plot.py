@@ -13,21 +13,21 @@ it is too narrow.
 """
 
 import csv
-import dataclasses
 import math
-import pathlib
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import tyro
 from scipy import stats
 
 
-@dataclasses.dataclass
+@dataclass
 class PlotArgs:
-    csvs: tuple[pathlib.Path, ...]
+    csvs: tuple[Path, ...]
     """tables of evaluations"""
-    out: pathlib.Path = pathlib.Path("plots")
+    out: Path = Path("plots")
     """folder of the pictures and the table"""
     env_ids: tuple[str, ...] = ()
     """environments, in this order (default: all)"""
@@ -39,61 +39,82 @@ class PlotArgs:
     """resamples of the stratified bootstrap"""
 
 
-def fail(message):
+def exit_with_error(message):
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
-def read(paths, rename=()):
-    """{setting: {environment: (steps (T,), returns (seeds, T))}}, at the steps that all seeds of it have."""
-    names, runs, scripts, rows = {}, {}, {}, []
-    for text in rename:
-        old, equals, new = text.partition("=")
-        if not (old and equals and new):
-            fail(f'--rename {text!r} is not "OLD=NEW"')
-        names[old] = new
+def read_rows(paths):
+    rows = []
     for path in paths:
         try:
             with path.open() as file:
                 rows += csv.DictReader(file)
         except OSError as error:
-            fail(f"{path}: {error.strerror}")
+            exit_with_error(f"{path}: {error.strerror}")
+    return rows
+
+
+def new_names(rename, rows):
+    """{old: new} name of settings."""
+    names = {}
+    for text in rename:
+        old, _, new = text.partition("=")
+        if not (old and new):
+            exit_with_error(f'--rename {text!r} is not "OLD=NEW"')
+        if all(row.get("setting") != old for row in rows):
+            exit_with_error(f"--rename: there is no setting {old}")
+        names[old] = new
+    return names
+
+
+def read(paths, rename=()):
+    """{setting: {environment: (steps (T,), returns (seeds, T))}}, at the steps that all seeds of it have."""
+    rows = read_rows(paths)
+    names = new_names(rename, rows)
+    runs = {}  # {(setting, script, environment): {seed: {step: return}}}
+    scripts = {}  # {setting: its scripts}
     try:
         for row in rows:
+            setting = names.get(row["setting"], row["setting"])
             script = row.get("script") or row["command"].split()[1]
-            key = names.get(row["setting"], row["setting"]), script
-            curve = runs.setdefault((*key, row["env_id"]), {}).setdefault(int(row["seed"]), {})
-            step, value = int(row["global_step"]), float(row["return_mean"])
+            scripts.setdefault(setting, set()).add(script)
+            curve = runs.setdefault((setting, script, row["env_id"]), {}).setdefault(int(row["seed"]), {})
+            step = int(row["global_step"])
+            value = float(row["return_mean"])
+            place = f"{setting} {script} {row['env_id']}, seed {row['seed']}, step {step}"
+            if not math.isfinite(value):
+                exit_with_error(f"the return of {place} is {value}")
             if curve.setdefault(step, value) != value:
-                fail(f"two returns of {' '.join(key)} {row['env_id']}, seed {row['seed']}, step {step}")
-            scripts.setdefault(key[0], set()).add(script)
-    except (IndexError, KeyError, TypeError, ValueError) as error:
-        fail(f"no table of evaluations: {type(error).__name__} {error}")
-    for old in names:
-        if old not in {row["setting"] for row in rows}:
-            fail(f"--rename: there is no setting {old}")
+                exit_with_error(f"two returns of {place}")
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        exit_with_error(f"no table of evaluations: {type(error).__name__} {error}")
     curves = {}
     for (setting, script, env_id), seeds in runs.items():
         steps = sorted(set.intersection(*map(set, seeds.values())))
         if not steps:
-            fail(f"the seeds of {setting} in {env_id} have no step of evaluation in common")
-        label = setting if len(scripts[setting]) == 1 else f"{setting} ({pathlib.Path(script).stem})"
-        returns = np.array([[seeds[seed][step] for step in steps] for seed in sorted(seeds)])
-        curves.setdefault(label, {})[env_id] = np.array(steps), returns
+            exit_with_error(f"the seeds of {setting} in {env_id} have no step of evaluation in common")
+        label = setting if len(scripts[setting]) == 1 else f"{setting} ({Path(script).stem})"
+        returns = [[seeds[seed][step] for step in steps] for seed in sorted(seeds)]
+        curves.setdefault(label, {})[env_id] = (np.array(steps), np.array(returns))
     return curves
 
 
 def select(curves, env_ids, settings):
+    """The curves of these environments and settings, all if none are named; the environments."""
     found = list(dict.fromkeys(env_id for of_setting in curves.values() for env_id in of_setting))
-    for flag, wanted, known in ("--env-ids", env_ids, found), ("--settings", settings, list(curves)):
+    for flag, wanted, known in (("--env-ids", env_ids, found), ("--settings", settings, list(curves))):
         for name in wanted:
             if name not in known:
-                fail(f"{flag} {name} is not in the tables; they have {', '.join(known) or 'no rows'}")
+                exit_with_error(f"{flag} {name} is not in the tables; they have {', '.join(known) or 'no rows'}")
     env_ids = list(env_ids) or found
-    chosen = {name: {e: curves[name][e] for e in env_ids if e in curves[name]} for name in settings or curves}
-    chosen = {name: of_setting for name, of_setting in chosen.items() if of_setting}
+    chosen = {}
+    for name in settings or curves:
+        of_setting = {env_id: curves[name][env_id] for env_id in env_ids if env_id in curves[name]}
+        if of_setting:
+            chosen[name] = of_setting
     if not chosen:
-        fail("nothing to draw: the tables have no rows of these environments and settings")
+        exit_with_error("nothing to draw: the tables have no rows of these environments and settings")
     return chosen, env_ids
 
 
@@ -132,54 +153,56 @@ def interquartile_mean_over_all(scores):
 
 def normalise(curves):
     """Every environment's returns with its lowest evaluation at 0 and its highest at 1."""
-    ends = {}
+    low = {}
+    high = {}
     for of_setting in curves.values():
         for env_id, (_, returns) in of_setting.items():
-            low, high = ends.get(env_id, (math.inf, -math.inf))
-            ends[env_id] = min(low, returns.min()), max(high, returns.max())
-
-    def scaled(env_id, returns):
-        low, high = ends[env_id]
-        return (returns - low) / (high - low or 1.0)
-
-    return {
-        name: {env_id: (steps, scaled(env_id, returns)) for env_id, (steps, returns) in of_setting.items()}
-        for name, of_setting in curves.items()
-    }
+            low[env_id] = min(low.get(env_id, math.inf), returns.min())
+            high[env_id] = max(high.get(env_id, -math.inf), returns.max())
+    normalised = {}
+    for name, of_setting in curves.items():
+        normalised[name] = {}
+        for env_id, (steps, returns) in of_setting.items():
+            width = high[env_id] - low[env_id]
+            normalised[name][env_id] = (steps, (returns - low[env_id]) / (width or 1.0))
+    return normalised
 
 
 def aggregate(curves, env_ids, bootstraps):
     """{setting: numbers} of those that were run in every environment: curve and final aggregates."""
+    statistics = {"mean": mean_over_environments, "IQM": interquartile_mean_over_all}
     aggregates = {}
     for name, of_setting in normalise(curves).items():
         if set(of_setting) != set(env_ids):
             continue
         final = [returns[:, -1] for _, returns in of_setting.values()]
         numbers = {}
-        for kind, statistic in ("mean", mean_over_environments), ("IQM", interquartile_mean_over_all):
-            numbers[kind] = float(statistic(final)), *stratified_bootstrap(final, statistic, bootstraps).tolist()
+        for kind, statistic in statistics.items():
+            low, high = stratified_bootstrap(final, statistic, bootstraps).tolist()
+            numbers[kind] = (float(statistic(final)), low, high)
         steps = sorted(set.intersection(*(set(steps.tolist()) for steps, _ in of_setting.values())))
         if steps:
             scores = [returns[:, np.isin(at, steps)].T for at, returns in of_setting.values()]  # each (T, seeds)
-            bands = [
-                stratified_bootstrap(at_step, mean_over_environments, bootstraps)
-                for at_step in zip(*scores, strict=True)
-            ]
-            numbers["curve"] = np.array(steps), mean_over_environments(scores), *np.transpose(bands)
+            bands = []
+            for at_step in zip(*scores, strict=True):
+                bands.append(stratified_bootstrap(at_step, mean_over_environments, bootstraps))
+            numbers["curve"] = (np.array(steps), mean_over_environments(scores), *np.transpose(bands))
         aggregates[name] = numbers
     return aggregates
 
 
 def markdown(curves, env_ids, aggregates):
     """Final returns, mean +- 95 % interval (seeds), the highest mean of a column in bold."""
-    heads = []
+    heads = ["setting"]
+    best = {}
     for env_id in env_ids:
-        steps = sorted({int(of_setting[env_id][0][-1]) for of_setting in curves.values() if env_id in of_setting})
-        heads.append(f"{env_id}, {' or '.join(f'{step:,}' for step in steps)} steps")
+        drawn = [of_setting[env_id] for of_setting in curves.values() if env_id in of_setting]
+        last_steps = sorted({int(steps[-1]) for steps, _ in drawn})
+        heads.append(f"{env_id}, {' or '.join(f'{step:,}' for step in last_steps)} steps")
+        best[env_id] = max(returns[:, -1].mean() for _, returns in drawn)
     shown = ["mean", "IQM"] if aggregates else []
-    lines = [["setting", *heads, *(f"normalised {kind}" for kind in shown)]]
-    lines.append(["---"] * len(lines[0]))
-    best = {e: max(c[e][1][:, -1].mean() for c in curves.values() if e in c) for e in env_ids}
+    heads += [f"normalised {kind}" for kind in shown]
+    lines = [heads, ["---"] * len(heads)]
     for name, of_setting in curves.items():
         cells = [f"`{name}`"]
         for env_id in env_ids:
@@ -188,8 +211,11 @@ def markdown(curves, env_ids, aggregates):
                 continue
             final = of_setting[env_id][1][:, -1]
             mean, half = interval(final)
-            text = f"{mean:,.0f}" + ("" if len(final) == 1 else f" ± {half:,.0f}")
-            text = f"**{text}**" if mean == best[env_id] and len(curves) > 1 else text
+            text = f"{mean:,.0f}"
+            if len(final) > 1:
+                text += f" ± {half:,.0f}"
+            if mean == best[env_id] and len(curves) > 1:
+                text = f"**{text}**"
             cells.append(f"{text} ({len(final)})")
         for kind in shown:
             value = aggregates.get(name, {}).get(kind)
@@ -202,47 +228,70 @@ def styles_of(names):
     """Colours that colour-blind readers tell apart (Okabe and Ito); after eight, other strokes."""
     colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
     strokes = ["-", "--", ":", "-."]
-    return {n: {"color": colours[i % 8], "linestyle": strokes[i // 8 % 4]} for i, n in enumerate(names)}
+    styles = {}
+    for i, name in enumerate(names):
+        styles[name] = {"color": colours[i % 8], "linestyle": strokes[i // 8 % 4]}
+    return styles
 
 
 def save(figure, path):
-    for suffix in ".png", ".svg":
-        figure.savefig(path.with_suffix(suffix), dpi=150, metadata={"Date": None} if suffix == ".svg" else None)
+    figure.savefig(path.with_suffix(".png"), dpi=150)
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})  # the same file from the same tables
 
 
 def thousands(step, _=None):
-    return "0" if not step else f"{step / 1e6:g}M" if step >= 1e6 else f"{step / 1e3:g}k"
+    if step == 0:
+        return "0"
+    return f"{step / 1e6:g}M" if step >= 1e6 else f"{step / 1e3:g}k"
+
+
+def draw_environment(axis, curves, env_id, styles):
+    """Each setting's mean over seeds and its interval; the lines, {setting: line}."""
+    lines = {}
+    shown = []
+    for name, style in styles.items():
+        if env_id not in curves[name]:
+            continue
+        steps, returns = curves[name][env_id]
+        mean, half = interval(returns)
+        (lines[name],) = axis.plot(steps, mean, marker="." if len(steps) < 30 else "", **style)
+        if len(returns) == 2:  # their interval, nine standard deviations, would hide all else
+            axis.plot(steps, returns.T, **style, linewidth=0.7, alpha=0.5)
+        else:
+            axis.fill_between(steps, mean - half, mean + half, color=style["color"], alpha=0.15, linewidth=0)
+        shown.append(returns.ravel())
+    # a wide interval leaves the picture rather than flattening it
+    shown = np.concatenate(shown)
+    margin = 0.08 * (np.ptp(shown) or 1.0)
+    axis.set_ylim(shown.min() - margin, shown.max() + margin)
+    return lines
+
+
+def draw_aggregate_curves(axis, aggregates, styles):
+    for name, style in styles.items():
+        if "curve" in aggregates.get(name, {}):
+            steps, mean, low, high = aggregates[name]["curve"]
+            axis.plot(steps, mean, marker="." if len(steps) < 30 else "", **style)
+            axis.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
 def draw_curves(plt, curves, env_ids, aggregates, path):
-    styles, with_aggregate = styles_of(curves), len(env_ids) > 1 and any("curve" in a for a in aggregates.values())
-    titles = env_ids + ["normalised, mean over environments"] * with_aggregate
+    styles = styles_of(curves)
+    titles = list(env_ids)
+    if len(env_ids) > 1 and any("curve" in numbers for numbers in aggregates.values()):
+        titles.append("normalised, mean over environments")
     columns = 2 if len(titles) == 4 else min(3, len(titles))
     rows = math.ceil(len(titles) / columns)
-    size = (max(5.5, 3.7 * columns), 2.9 * rows + 0.25 * math.ceil(len(curves) / 4) + 0.2)
+    height = 2.9 * rows + 0.25 * math.ceil(len(curves) / 4) + 0.2
+    size = (max(5.5, 3.7 * columns), height)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    lines = {}
     for axis, title in zip(axes.flat, titles, strict=False):
+        if title in env_ids:
+            lines |= draw_environment(axis, curves, title, styles)
+        else:
+            draw_aggregate_curves(axis, aggregates, styles)
         axis.set_title(title)
-        for name, style in styles.items():
-            if title in curves[name]:
-                steps, returns = curves[name][title]
-                mean, half = interval(returns)
-                low, high = mean - half, mean + half
-            elif title not in env_ids and "curve" in aggregates.get(name, {}):
-                steps, mean, low, high = aggregates[name]["curve"]
-            else:
-                continue
-            axis.plot(steps, mean, label=name, marker="." if len(steps) < 30 else "", **style)
-            if title in env_ids and len(returns) == 2:  # their interval, nine standard deviations, would hide all else
-                axis.plot(steps, returns.T, **style, linewidth=0.7, alpha=0.5)
-                continue
-            axis.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
-        if title in env_ids:  # a wide interval of two seeds leaves the picture rather than flattening it
-            shown = np.concatenate(
-                [of_setting[title][1].ravel() for of_setting in curves.values() if title in of_setting]
-            )
-            margin = 0.08 * (np.ptp(shown) or 1.0)
-            axis.set_ylim(shown.min() - margin, shown.max() + margin)
         axis.xaxis.set_major_formatter(thousands)
         axis.set_xlim(left=0)
         axis.grid(alpha=0.3)
@@ -253,29 +302,29 @@ def draw_curves(plt, curves, env_ids, aggregates, path):
     for column in range(columns):
         lowest = [axis for axis in axes[:, column] if axis.get_visible()][-1]
         lowest.set_xlabel("environment steps")
-    handles = {label: h for axis in axes.flat for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    in_order = [handles[name] for name in styles if name in handles]
-    per_row = min(len(in_order), 3 if columns == 1 else 4)
-    figure.legend(in_order, [h.get_label() for h in in_order], loc="outside lower center", ncols=per_row, frameon=False)
+    names = [name for name in styles if name in lines]
+    handles = [lines[name] for name in names]
+    # matplotlib leaves labels that begin with _ out of a legend, so they are written into it afterwards
+    place = {"loc": "outside lower center", "ncols": min(len(names), 3 if columns == 1 else 4)}
+    legend = figure.legend(handles, len(names) * ["name"], **place, frameon=False)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_text(name)
     save(figure, path)
 
 
 def draw_aggregates(plt, curves, env_ids, aggregates, path):
     """Point and interval of each setting's normalised final returns."""
-    styles, names = styles_of(curves), list(aggregates)[::-1]
-    figure, axes = plt.subplots(1, 2, figsize=(8, 0.34 * len(names) + 1.4), sharey=True, layout="constrained")
-    for axis, kind, title in zip(axes, ("mean", "IQM"), ("mean", "interquartile mean"), strict=True):
+    styles = styles_of(curves)
+    names = list(aggregates)[::-1]
+    size = (8, 0.34 * len(names) + 1.4)
+    figure, axes = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
+    kinds = {"mean": "mean", "IQM": "interquartile mean"}
+    for axis, (kind, title) in zip(axes, kinds.items(), strict=True):
         for height, name in enumerate(names):
             value, low, high = aggregates[name][kind]
-            axis.plot(
-                [low, high],
-                [height, height],
-                color=styles[name]["color"],
-                linewidth=6,
-                alpha=0.35,
-                solid_capstyle="butt",
-            )
-            axis.plot(value, height, "o", color=styles[name]["color"])
+            color = styles[name]["color"]
+            axis.hlines(height, low, high, color=color, linewidth=6, alpha=0.35)
+            axis.plot(value, height, "o", color=color)
         axis.set_title(title)
         axis.set_ylim(-0.6, len(names) - 0.4)
         axis.grid(axis="x", alpha=0.3)
@@ -287,11 +336,11 @@ def draw_aggregates(plt, curves, env_ids, aggregates, path):
 
 def main(args):
     if args.bootstraps < 1:
-        fail("--bootstraps must be >= 1")
+        exit_with_error("--bootstraps must be >= 1")
     if args.out.exists() and not args.out.is_dir():
-        fail(f"--out {args.out} is not a folder")
+        exit_with_error(f"--out {args.out} is not a folder")
     if not args.csvs:
-        fail("--csvs needs at least one table")
+        exit_with_error("--csvs needs at least one table")
     curves, env_ids = select(read(args.csvs, args.rename), args.env_ids, args.settings)
     aggregates = aggregate(curves, env_ids, args.bootstraps)
     if not aggregates:
@@ -302,6 +351,7 @@ def main(args):
     import matplotlib.pyplot as plt
 
     style = {"axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "som", "font.size": 9}
+    style["text.parse_math"] = False  # a $ in a name is a $
     args.out.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(style):
         draw_curves(plt, curves, env_ids, aggregates, args.out / "curves")

@@ -2,7 +2,8 @@
 
     python benchmark/policy_analysis.py --som runs/SOM_RUN --mfp runs/MFP_RUN --out analysis
 
-Both are runs with --save-model, of one environment. SOM's critic, as SOM acts by it, judges the actions of both.
+Both are runs of one environment; their newest checkpoints are read. SOM's critic, as SOM acts by it, judges the actions
+of both.
 Written are box_plots.png, tsne.png and policy_analysis.json with the numbers of both.
 
 - Box plots (Appendix D): SOM acts for 800 steps; in 50 of the states met, each policy proposes 32 actions, and the mean
@@ -13,16 +14,16 @@ Written are box_plots.png, tsne.png and policy_analysis.json with the numbers of
   spread of the actions themselves.
 """
 
-import dataclasses
 import json
-import pathlib
 import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 import tyro
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import mfp_continuous_action as mfp
 import som_continuous_action as som
 
@@ -31,18 +32,18 @@ try:
     from scipy.stats import gaussian_kde
     from sklearn.manifold import TSNE
 except ImportError as error:
-    som.fail(f"{error}; pip install -r benchmark/requirements.txt")
+    som.exit_with_error(f"{error}; pip install -r benchmark/requirements.txt")
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
-@dataclasses.dataclass
+@dataclass
 class AnalysisArgs:
-    som: pathlib.Path
-    """run folder of SOM with model.pt"""
-    mfp: pathlib.Path
-    """run folder of MFP with model.pt, of the same environment"""
-    out: pathlib.Path
+    som: Path
+    """run folder of SOM, or a checkpoint in it"""
+    mfp: Path
+    """run folder of MFP, or a checkpoint in it, of the same environment"""
+    out: Path
     """folder for the pictures and the JSON"""
     seed: int = 1
     """seed of environment, noise, sampled states and embedding"""
@@ -58,45 +59,32 @@ class AnalysisArgs:
     """actions of each policy in such a state"""
 
 
-def load_agent(script, run, only_here):
-    """The agent of a run as it was at its end; only_here: a flag that tells the script's runs from the other's."""
-    path = run / "model.pt"
-    if not path.is_file():
-        som.fail(f"{path} is missing: train with --save-model and give the run's folder")
+def load_agent(script, path):
+    """The agent of a run's newest checkpoint."""
     try:
-        model = torch.load(path, weights_only=True, map_location="cpu")
-        config = model["config"]
-        if only_here not in config:
-            som.fail(f"{path} is not of {script.__name__}.py")
-        fields = {field.name for field in dataclasses.fields(script.Args)}
-        known = {name: value for name, value in config.items() if name in fields}
-        args = script.Args(**known | {"cuda": False, "compile": False})
-        env = script.make_env(args.env_id)
-        agent = script.Agent(args, env.observation_space.shape[0], env.action_space.shape[0], torch.device("cpu"))
-        env.close()
-        agent.acting_actor.load_state_dict(model["actor"])
-        agent.critic.load_state_dict(model["critic"])
-    except Exception as error:
-        som.fail(f"{path} is no checkpoint of {script.__name__}.py: {' '.join(str(error).split())[:200]}")
+        checkpoint = script.load_checkpoint(path)
+    except ValueError as error:  # one of the other script, too
+        som.exit_with_error(str(error))
+    args = replace(script.Args(**checkpoint["args"]), compile=False)
+    low, _, _ = checkpoint["action_box"]
+    agent = script.Agent(args, checkpoint["obs_dim"], len(low), torch.device("cpu"))
+    agent.load_state_dict(checkpoint["agent"])
     return agent
-
-
-def as_tensor(obs):
-    return torch.as_tensor(np.asarray(obs), dtype=torch.float32)
 
 
 def rollout(agent, steps, seed):
     """The states in which the agent acts, (steps, O); an episode that ends is followed by another."""
-    env, states = som.make_env(agent.args.env_id), []
+    env = som.make_training_env(agent.args.env_id)
+    states = np.zeros((steps, *env.observation_space.shape), np.float32)
     obs, _ = env.reset(seed=seed)
-    for _ in range(steps):
-        states.append(obs)
-        a, _ = agent.act(as_tensor(obs[None]))
-        obs, _, terminated, truncated, _ = env.step(a[0].numpy())
+    for step in range(steps):
+        states[step] = obs
+        actions, _ = agent.act(torch.from_numpy(states[step : step + 1]))
+        obs, _, terminated, truncated, _ = env.step(actions[0].numpy())
         if terminated or truncated:
             obs, _ = env.reset()
     env.close()
-    return as_tensor(states)
+    return torch.from_numpy(states)
 
 
 @torch.no_grad()
@@ -104,31 +92,36 @@ def propose(agents, obs, num_candidates):
     """Each policy's actions (S, N, A) in states (S, O), and what SOM's critic says of them (S, N)."""
     proposals = {}
     for name, agent in agents.items():
-        agent.args.best_of_n, kept = num_candidates, agent.args.best_of_n
+        trained_with = agent.args
+        agent.args = replace(trained_with, best_of_n=num_candidates)
         _, candidates = agent.act(obs)
-        agent.args.best_of_n = kept
-        proposals[name] = candidates.numpy(), agents["SOM"].q_fn(obs, candidates).numpy()
+        agent.args = trained_with
+        q = agents["SOM"].q_fn(obs, candidates)
+        proposals[name] = (candidates.numpy(), q.numpy())
     return proposals
 
 
 def summary(values):
-    low, median, high = np.percentile(values, [25, 50, 75]).tolist()
-    return {"mean": float(values.mean()), "quartiles": [low, median, high], "values": values.tolist()}
+    quartiles = np.percentile(values, [25, 50, 75]).tolist()
+    return {"mean": float(values.mean()), "quartiles": quartiles, "values": values.tolist()}
 
 
 def box_plots(proposals, title, path):
     """Mean and std of Q over each state's candidates, (S,), as boxes and as numbers."""
     figure, axes = plt.subplots(1, 2, figsize=(7, 3.6), constrained_layout=True)
+    reductions = {"mean of Q": np.mean, "std of Q": np.std}
     numbers = {}
-    for axis, (label, reduce) in zip(axes, {"mean of Q": np.mean, "std of Q": np.std}.items(), strict=True):
+    for axis, (label, reduce) in zip(axes, reductions.items(), strict=True):
         values = {name: reduce(q, axis=1) for name, (_, q) in proposals.items()}
-        boxes = axis.boxplot([*values.values()], widths=0.5, patch_artist=True, medianprops={"color": "black"})
+        style = {"widths": 0.5, "patch_artist": True, "medianprops": {"color": "black"}}
+        boxes = axis.boxplot([*values.values()], **style)
         for box, color in zip(boxes["boxes"], ("tab:orange", "lightgray"), strict=True):
             box.set_facecolor(color)
         axis.set_xticks([1, 2], [*values])
         axis.set_ylabel(f"{label} over a state's candidates")
         difference = values["SOM"] - values["MFP"]  # in the same state: most of a box's height is between states
-        numbers[label] = {name: summary(x) for name, x in values.items()} | {"SOM - MFP": summary(difference)}
+        numbers[label] = {name: summary(of_policy) for name, of_policy in values.items()}
+        numbers[label]["SOM - MFP"] = summary(difference)
         numbers[label]["share of states where SOM's is higher"] = float((difference > 0).mean())
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
@@ -136,27 +129,41 @@ def box_plots(proposals, title, path):
     return numbers
 
 
-def tsne_picture(proposals, title, seed, path):
-    """All candidates in one t-SNE plane, on the heat map of Q."""
-    actions = np.concatenate([candidates.reshape(-1, candidates.shape[-1]) for candidates, _ in proposals.values()])
-    lowest = np.minimum(*(q.min(axis=1, keepdims=True) for _, q in proposals.values()))  # of each state, (S, 1)
-    advantage = np.concatenate([(q - lowest).ravel() for _, q in proposals.values()])
+def embed(proposals, seed):
+    """All candidates of both policies in one t-SNE plane, (n, 2)."""
+    actions = [candidates.reshape(-1, candidates.shape[-1]) for candidates, _ in proposals.values()]
+    actions = np.concatenate(actions)
     perplexity = min(30.0, (len(actions) - 1) / 3)
-    embedding = TSNE(perplexity=perplexity, init="random", random_state=seed, n_jobs=1).fit_transform(actions)
-    points = dict(zip(proposals, np.split(embedding, 2), strict=True))
+    tsne = TSNE(perplexity=perplexity, init="random", random_state=seed, n_jobs=1)
+    return tsne.fit_transform(actions)
 
-    low, high = embedding.min(axis=0), embedding.max(axis=0)
+
+def heat_map(embedding, weights):
+    """Coordinates (200,) and (200,), and the points' weighted density (200, 200) there."""
+    low = embedding.min(axis=0)
+    high = embedding.max(axis=0)
     margin = 0.08 * (high - low)
-    x, y = (np.linspace(*bounds, 200) for bounds in zip(low - margin, high + margin, strict=True))
+    x, y = np.linspace(low - margin, high + margin, 200).T
     grid = np.stack(np.meshgrid(x, y))  # (2, 200, 200)
-    density = gaussian_kde(embedding.T, weights=advantage + 1e-6 * (1 + advantage.max()))
-    heat = density(grid.reshape(2, -1)).reshape(grid.shape[1:])
+    density = gaussian_kde(embedding.T, weights=weights)
+    return x, y, density(grid.reshape(2, -1)).reshape(grid.shape[1:])
+
+
+def tsne_picture(proposals, title, seed, path):
+    """All candidates in one t-SNE plane, on the heat map of Q; numbers of each policy."""
+    q_of_all = np.concatenate([q for _, q in proposals.values()], axis=1)  # (S, 2 N)
+    lowest = q_of_all.min(axis=1, keepdims=True)
+    advantage = np.concatenate([(q - lowest).ravel() for _, q in proposals.values()])
+    embedding = embed(proposals, seed)
+    x, y, heat = heat_map(embedding, advantage + 1e-6 * (1 + advantage.max()))
 
     figure, axis = plt.subplots(figsize=(6, 5), constrained_layout=True)
     image = axis.pcolormesh(x, y, heat, cmap="viridis", shading="auto", rasterized=True)
     axis.contour(x, y, heat, levels=8, colors="white", linewidths=0.5, alpha=0.6)
-    axis.scatter(*points["MFP"].T, s=14, marker="^", c="darkgray", edgecolors="black", linewidths=0.3, label="MFP")
-    axis.scatter(*points["SOM"].T, s=14, marker="o", c="white", edgecolors="black", linewidths=0.3, label="SOM")
+    points = dict(zip(proposals, np.split(embedding, 2), strict=True))
+    style = {"s": 14, "edgecolors": "black", "linewidths": 0.3}
+    axis.scatter(*points["MFP"].T, marker="^", c="darkgray", label="MFP", **style)
+    axis.scatter(*points["SOM"].T, marker="o", c="white", label="SOM", **style)
     axis.set_xticks([])
     axis.set_yticks([])
     axis.legend(loc="upper right", facecolor="lightgray")
@@ -165,32 +172,36 @@ def tsne_picture(proposals, title, seed, path):
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
-    best = np.median(np.concatenate([q for _, q in proposals.values()], axis=1), axis=1, keepdims=True)
-    return {
-        name: {
+    median = np.median(q_of_all, axis=1, keepdims=True)
+    numbers = {}
+    for name, (candidates, q) in proposals.items():
+        spread = candidates.std(axis=1).mean()
+        saturated = np.abs(candidates) > 0.99
+        numbers[name] = {
             "mean of Q": float(q.mean()),
-            "share above the state's median Q": float((q > best).mean()),
-            "std of an action coordinate over a state's candidates": float(candidates.std(axis=1).mean()),
-            "share of saturated coordinates": float((np.abs(candidates) > 0.99).mean()),
+            "share above the state's median Q": float((q > median).mean()),
+            "std of an action coordinate over a state's candidates": float(spread),
+            "share of saturated coordinates": float(saturated.mean()),
         }
-        for name, (candidates, q) in proposals.items()
-    }
+    return numbers
 
 
 def check_args(args):
     """Both agents; one line and exit code 2 where there is nothing to analyse."""
-    for field in dataclasses.fields(args):
-        value, lowest = getattr(args, field.name), {"seed": 0, "num_candidates": 2, "tsne_candidates": 2}
-        if field.type is int and value < lowest.get(field.name, 1):
-            som.fail(f"--{field.name.replace('_', '-')} must be >= {lowest.get(field.name, 1)}, got {value}")
+    lowest = {"seed": 0, "num_candidates": 2, "tsne_candidates": 2}
+    for name, value in vars(args).items():
+        if isinstance(value, int) and value < lowest.get(name, 1):
+            flag = name.replace("_", "-")
+            som.exit_with_error(f"--{flag} must be >= {lowest.get(name, 1)}, got {value}")
     if args.num_states > args.rollout_steps:
-        som.fail("--num-states must be <= --rollout-steps")
+        som.exit_with_error("--num-states must be <= --rollout-steps")
     if args.out.exists() and not args.out.is_dir():
-        som.fail(f"--out {args.out} is not a folder")
-    agents = {"SOM": load_agent(som, args.som, "score_scale"), "MFP": load_agent(mfp, args.mfp, "ivc_coef")}
-    env_ids = [agent.args.env_id for agent in agents.values()]
-    if env_ids[0] != env_ids[1]:
-        som.fail(f"SOM was trained on {env_ids[0]}, MFP on {env_ids[1]}: give two runs of one environment")
+        som.exit_with_error(f"--out {args.out} is not a folder")
+    agents = {"SOM": load_agent(som, args.som), "MFP": load_agent(mfp, args.mfp)}
+    of_som = agents["SOM"].args.env_id
+    of_mfp = agents["MFP"].args.env_id
+    if of_som != of_mfp:
+        som.exit_with_error(f"SOM was trained on {of_som}, MFP on {of_mfp}: give two runs of one environment")
     return agents
 
 
@@ -199,19 +210,20 @@ if __name__ == "__main__":
     agents = check_args(args)
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    env_id = agents["SOM"].args.env_id
+    acting = agents["SOM"].args
+    env_id = acting.env_id
     pool = rollout(agents["SOM"], args.rollout_steps, args.seed)
     states = np.random.default_rng(args.seed).choice(len(pool), args.num_states, replace=False)
-    boxes = propose(agents, pool[states], args.num_candidates)
-    few = propose(agents, rollout(agents["SOM"], args.tsne_steps, args.seed), args.tsne_candidates)
-    acting = agents["SOM"].args
+    for_boxes = propose(agents, pool[states], args.num_candidates)
+    consecutive = rollout(agents["SOM"], args.tsne_steps, args.seed)
+    for_tsne = propose(agents, consecutive, args.tsne_candidates)
     options = {name: value if isinstance(value, int) else str(value) for name, value in vars(args).items()}
     numbers = {
         "env_id": env_id,
         "options": options,
         "Q": f"SOM's critic, {acting.policy_q} of the twins, of rewards times {acting.reward_scale}",
-        "box plots": box_plots(boxes, f"{env_id}, {args.num_states} states", args.out / "box_plots.png"),
-        "t-SNE": tsne_picture(few, f"{env_id}, {args.tsne_steps} states", args.seed, args.out / "tsne.png"),
+        "box plots": box_plots(for_boxes, f"{env_id}, {args.num_states} states", args.out / "box_plots.png"),
+        "t-SNE": tsne_picture(for_tsne, f"{env_id}, {args.tsne_steps} states", args.seed, args.out / "tsne.png"),
     }
     (args.out / "policy_analysis.json").write_text(json.dumps(numbers, indent=2))
     for label, values in numbers["box plots"].items():

@@ -1,190 +1,512 @@
-"""Time of one update and one action of SOM in PyTorch and in JAX, beside matrix products alone.
+"""Time of an update, of an action and of whole iterations of SOM, in PyTorch and in JAX.
 
     python benchmark/step_time.py --csv benchmark/results/step_time.csv
 
-All timings of a row are taken in turn within one run, so that they share the machine; what counts is their ratio.
+Beside the script's defaults stand the cheaper scores: the lattice, half of the samples, bfloat16, on a GPU also TF32
+beside float32 (precision "high" and "highest"). An update samples its batch; an action is of one environment and comes
+back to the host. An iteration acts, steps the environments, adds their rows and updates: "new order" sends the update
+off before the environments step, as the script does, "old order" after it. On a GPU "captured" is the script's CUDA
+graph, "compiled" the same functions called plainly. "ms" waits for every call, "back to back ms" only for the last;
+PyTorch on a CPU always waits.
+
+All timings are taken in turn, round by round, so that they share the machine; what counts are their ratios: to the
+update's matrix products alone, and to the first edition of the PyTorch script, which needs a checkout of it:
+
+    git worktree add /tmp/first 775835a
+    python benchmark/step_time.py --first-edition /tmp/first
 """
 
-import dataclasses
-import pathlib
-import platform
+import importlib.util
+import itertools
+import os
 import statistics
 import sys
 import time
+from collections import namedtuple
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from functools import partial
+from importlib import metadata
+from operator import truediv
+from pathlib import Path
 from typing import Literal
 
 import gymnasium as gym
-import jax
 import numpy as np
 import torch
 import tyro
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import collect
+import launch
 
 import som_continuous_action as som
-import som_continuous_action_jax as som_jax
 
-PAPER = {"batch_size": 256, "num_mc_samples": 100, "best_of_n": 32, "hidden_dim": 256}
-SMALL = {"batch_size": 128, "num_mc_samples": 8, "best_of_n": 4, "hidden_dim": 64}
+ROOT = Path(__file__).parents[1]
+SIZES = {"paper": {}, "small": som.LAPTOP}  # what differs from the script's defaults
+NUM_ROWS = 10_000  # in the replay buffer
+
+# What an update is asked to do; precision is that of products in float32: "high" is TF32
+Variant = namedtuple("Variant", "mc_noise num_mc_samples score_dtype precision")
 
 
-@dataclasses.dataclass
+@dataclass
+class Work:
+    """What is timed: start() begins it, wait() waits for it; None if start() does so itself."""
+
+    labels: dict  # columns of its row
+    start: Callable[[], None]
+    wait: Callable[[], None] | None
+    seconds: list[float] = field(default_factory=list)  # a call's, of every round
+    seconds_back_to_back: list[float] = field(default_factory=list)
+
+
+@dataclass
 class BenchmarkArgs:
     env_id: str = "HalfCheetah-v4"
-    """environment whose observation and action dimensions are used"""
+    """environment whose observations and actions are used"""
     sizes: tuple[Literal["paper", "small"], ...] = ("paper", "small")
-    """Table 3's sizes, and those of the README's small setting"""
+    """the script's defaults, which are the paper's Table 3, and those of --preset laptop"""
+    works: tuple[Literal["update", "action", "iteration"], ...] = ("update", "action", "iteration")
+    """what to time"""
     rounds: int = 7
-    """rounds of interleaved timings; the median is reported"""
+    """rounds of interleaved timings; their median, lowest and highest are reported"""
     seconds: float = 1.0
     """time for each measurement of a round"""
-    cuda: bool = torch.cuda.is_available()
-    """time on the GPU"""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """where to time; auto: on a GPU if there is one"""
     torch_compile: bool = True
     """time the PyTorch script compiled, too"""
-    csv: pathlib.Path | None = None
+    variants: bool = True
+    """time the cheaper scores, too"""
+    jax: bool = True
+    """time the JAX script, too"""
+    first_edition: Path | None = None
+    """checkout of the first edition, to be timed beside the second"""
+    csv: Path | None = None
     """also write the table to this file"""
 
 
+def load_script(path):
+    """A script as a module of its own: torch.compile keeps at most eight results for a function."""
+    name = f"{path.stem}_{len(sys.modules)}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[name] = script  # dataclasses look there
+    spec.loader.exec_module(script)
+    return script
+
+
+def script_args(script, values):
+    """The script's Args with those of the values that it has."""
+    names = {field.name for field in fields(script.Args)}
+    return script.Args(**{name: value for name, value in values.items() if name in names})
+
+
+# The matrix products of an update, from the shapes
 def network_products(size, states, rows, obs_dim, in_dim, out_dim, args, backward):
-    """(count, M, K, N) batched products of one network pass; backward: "none", "input" or "weights and input"."""
-    forward = [(states, obs_dim, args.hidden_dim), (rows, in_dim, args.hidden_dim)]
-    forward += (args.num_layers - 1) * [(rows, args.hidden_dim, args.hidden_dim)] + [(rows, args.hidden_dim, out_dim)]
+    """(count, M, K, N) batched products of a network; backward: "none", "input", "weights and input"."""
+    width = args.hidden_dim
+    forward = [(states, obs_dim, width), (rows, in_dim, width)]
+    forward += (args.num_layers - 1) * [(rows, width, width)]
+    forward += [(rows, width, out_dim)]
     products = list(forward)
     if backward != "none":
         products += [(m, n, k) for m, k, n in forward[2:]]  # gradient of the hidden inputs
     if backward == "input":
-        products += [(rows, args.hidden_dim, in_dim)]
+        products += [(rows, width, in_dim)]
     if backward == "weights and input":
         products += [(k, m, n) for m, k, n in forward]
     return [(size, *product) for product in products]
 
 
 def update_products(args, obs_dim, act_dim):
-    """Every matrix product of one update, from the shapes."""
-    B, N, K, A = args.batch_size, args.best_of_n, args.num_mc_samples, act_dim
-    embedded = A + 4 * 8  # action and time embedding
-    actor, critic = (1, B), (2, B)
-    products = network_products(*actor, B * N, obs_dim, embedded, A, args, "none")  # candidates at s'
-    products += network_products(*critic, B * N, obs_dim, A, 2, args, "none")  # best of them
-    products += network_products(*critic, B, obs_dim, A, 2, args, "none")  # target
-    products += network_products(*critic, B, obs_dim, A, 2, args, "weights and input")  # critic loss
-    products += network_products(*critic, B * K, obs_dim, A, 2, args, "input")  # score
-    products += network_products(*actor, B, obs_dim, embedded, A, args, "weights and input")  # MeanFlow loss
-    products += network_products(*actor, B, obs_dim, embedded, A, args, "none")[1:]  # tangent of the JVP
+    """Every matrix product of one update."""
+    B = args.batch_size
+    candidates = B * args.best_of_n
+    samples = B * args.num_mc_samples
+    embedded = act_dim + 4 * args.num_frequencies  # action and times
+
+    def actor(rows, backward):
+        return network_products(1, B, rows, obs_dim, embedded, act_dim, args, backward)
+
+    def critics(rows, backward):
+        return network_products(2, B, rows, obs_dim, act_dim, 2, args, backward)
+
+    products = actor(candidates, "none")  # at s'
+    products += critics(candidates, "none")  # the best of them
+    products += critics(B, "none")  # the target
+    products += critics(B, "weights and input")  # the critic's loss
+    products += critics(samples, "input")  # the score
+    products += actor(B, "weights and input")  # the MeanFlow loss
+    products += actor(B, "none")[1:]  # the tangent of its Jacobian-vector product
     return products
 
 
-def seconds_per_call(function, device, seconds):
-    calls, start = 0, time.perf_counter()
-    while calls == 0 or time.perf_counter() - start < seconds:
-        function()
-        calls += 1
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-    return (time.perf_counter() - start) / calls
+def gflop_of(products):
+    return sum(2 * size * m * k * n for size, m, k, n in products) / 1e9
 
 
-def jax_work(sizes, options, obs_dim, act_dim):
-    """One update, one action and one layer of the score's critics, by the JAX script's functions; that layer's flop."""
-    args = som_jax.Args(env_id=options.env_id, buffer_size=10_000, **sizes)
-    functions, keys = som_jax.compile_functions(args, obs_dim, act_dim), jax.numpy.stack([jax.random.PRNGKey(1)])
-    states, rng = [functions.init(keys)], np.random.default_rng(1)
-    buffer = jax.numpy.array(rng.uniform(-1, 1, (1, 10_000, 2 * obs_dim + act_dim + 2)), "float32").at[..., -1].set(0)
-    obs = rng.standard_normal((1, 1, obs_dim)).astype(np.float32)
-    shape = 2, args.batch_size * args.num_mc_samples, args.hidden_dim
-    left, right = jax.random.normal(keys[0], shape), jax.random.normal(keys[0], (2, shape[2], shape[2]))
-    product = jax.jit(jax.numpy.matmul)
-
-    def update():
-        states[0], _ = functions.update(states[0], buffer, 10_000, 0, keys)
-        jax.block_until_ready(states[0])
-
-    work = {
-        "product jax": lambda: product(left, right).block_until_ready(),
-        "update jax": update,
-        "action jax": lambda: np.asarray(functions.act(states[0], obs, keys, 0)[0]),
-    }
-    return work, 2 * left.size * shape[2]
+def random_columns(num_rows, obs_dim, act_dim):
+    """Columns of random transitions, in the order of the replay buffer."""
+    rng = np.random.default_rng(1)
+    obs, next_obs = rng.standard_normal((2, num_rows, obs_dim))
+    actions = rng.uniform(-1, 1, (num_rows, act_dim))
+    rewards = rng.standard_normal(num_rows)
+    return obs, next_obs, actions, rewards, np.zeros(num_rows)
 
 
-def measure(name, sizes, options):
-    device = torch.device("cuda" if options.cuda else "cpu")
-    env = gym.make(options.env_id)
-    obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
-    kwargs = {"env_id": options.env_id, "cuda": options.cuda, **sizes}
-    agents = {
-        label: som.Agent(som.Args(compile=label == "compiled", **kwargs), obs_dim, act_dim, device)
-        for label in (("eager", "compiled") if options.torch_compile else ("eager",))
-    }
-    args = agents["eager"].args
-    B = args.batch_size
-    columns = torch.randn(B, obs_dim), torch.randn(B, obs_dim), torch.rand(B, act_dim) * 2 - 1, torch.randn(B)
-    batch = som.Batch(*(column.to(device) for column in (*columns, torch.zeros(B))))
-    one_obs = torch.randn(1, obs_dim, device=device)
+# Each of these classes has the same work to offer: an update, an action, an iteration in one order or both
+class FirstEdition:
+    """The PyTorch script's first edition."""
 
-    products = update_products(args, obs_dim, act_dim)
-    operands = {
-        (s, m, k, n): (torch.randn(s, m, k), torch.randn(s, k, n), torch.empty(s, m, n)) for s, m, k, n in products
-    }
-    operands = {shape: tuple(x.to(device) for x in tensors) for shape, tensors in operands.items()}
+    def __init__(self, script, args, obs_dim, act_dim, device):
+        self.args = args
+        self.device = device
+        self.agent = script.Agent(args, obs_dim, act_dim, device)
+        self.rb = script.ReplayBuffer(NUM_ROWS, obs_dim, act_dim, device)
+        self.rb.add(*random_columns(NUM_ROWS, obs_dim, act_dim))
+        self.one_obs = np.zeros((1, obs_dim))
+        thunks = args.num_envs * [partial(script.make_env, args.env_id)]
+        self.envs = gym.vector.SyncVectorEnv(thunks, autoreset_mode="SameStep")
+        self.obs, _ = self.envs.reset(seed=1)
 
-    def bare_products():
+    def works(self):
+        return {
+            "update": self.update,
+            "action": partial(self.act, self.one_obs),
+            "iteration, old order": self.iteration,
+        }
+
+    def act(self, obs, explore=False):
+        obs = torch.as_tensor(obs, dtype=torch.float32).to(self.device)
+        actions, _ = self.agent.act(obs, explore)
+        return actions.cpu().numpy()
+
+    def update(self):
+        self.agent.update(self.rb.sample(self.args.batch_size))
+
+    def iteration(self):
+        actions = self.act(self.obs, explore=True)
+        next_obs, rewards, terminated, _, _ = self.envs.step(actions)
+        self.rb.add(self.obs, next_obs, actions, rewards, terminated)
+        self.obs = next_obs
+        self.update()
+
+
+class SecondEdition:
+    """A script of the second edition: what both frameworks have."""
+
+    def __init__(self, script, args, rb, obs_dim):
+        self.rb = rb
+        self.one_obs = np.zeros((1, obs_dim), np.float32)
+        thunks = args.num_envs * [partial(script.make_training_env, args.env_id)]
+        self.envs = gym.vector.SyncVectorEnv(thunks, autoreset_mode="SameStep")
+        self.obs, _ = self.envs.reset(seed=1)
+
+    def works(self):
+        return {
+            "update": self.update,
+            "action": self.action,
+            "iteration, new order": partial(self.iteration, update_comes_first=True),
+            "iteration, old order": partial(self.iteration, update_comes_first=False),
+        }
+
+    def iteration(self, update_comes_first):
+        self.new_obs[:] = self.obs
+        actions_in_flight = self.send_off_actions()
+        if update_comes_first:
+            self.update()
+        actions = self.wait_for(actions_in_flight)
+        next_obs, rewards, terminated, _, _ = self.envs.step(actions)
+        self.rb.pack(self.new_rows, self.obs, next_obs, actions, rewards, terminated)
+        self.rb.on_host[: len(self.new_rows)] = self.new_rows
+        if not update_comes_first:
+            self.update()
+        self.obs = next_obs
+
+
+class InPyTorch(SecondEdition):
+    def __init__(self, script, args, form, obs_dim, act_dim, device):
+        rb = script.ReplayBuffer(args, obs_dim, act_dim, device, None, NUM_ROWS)
+        super().__init__(script, args, rb, obs_dim)
+        rows = rb.on_host[:NUM_ROWS]
+        rb.pack(rows, *random_columns(NUM_ROWS, obs_dim, act_dim))
+        rb.rows[:NUM_ROWS] = torch.from_numpy(rows)
+        self.on_gpu = device.type == "cuda"
+        self.inbox = torch.zeros(args.num_envs, rb.row_width + obs_dim, pin_memory=self.on_gpu)
+        self.outbox = torch.zeros(args.num_envs, act_dim, pin_memory=self.on_gpu)
+        self.device_inbox = self.inbox.to(device, copy=True)
+        self.new_rows, self.new_obs = np.split(self.inbox.numpy(), [rb.row_width], axis=1)
+        self.device_obs = torch.zeros(1, obs_dim, device=device)
+        agent = script.Agent(args, obs_dim, act_dim, device)
+        self.act = partial(script.add_and_act, agent, rb, self.device_inbox)
+        self.update = partial(script.sample_and_update, agent, rb, True)
+        self.act_in_one = partial(agent.act, self.device_obs)
+        if form == "captured":
+            self.act = script.CUDAGraph(self.act)
+            self.update = script.CUDAGraph(self.update)
+            self.act_in_one = script.CUDAGraph(self.act_in_one)
+
+    def action(self):
+        self.device_obs.copy_(torch.from_numpy(self.one_obs))
+        actions, _ = self.act_in_one()
+        return actions.cpu()
+
+    def send_off_actions(self):
+        self.device_inbox.copy_(self.inbox, non_blocking=True)
+        self.outbox.copy_(self.act(), non_blocking=True)
+        return torch.cuda.current_stream().record_event() if self.on_gpu else None
+
+    def wait_for(self, event):
+        if self.on_gpu:
+            event.synchronize()
+        return self.outbox.numpy()
+
+
+def torch_products(products, device):
+    """A function that computes these products alone."""
+    operands = {}
+    for size, m, k, n in products:
+        left = torch.randn(size, m, k, device=device)
+        right = torch.randn(size, k, n, device=device)
+        operands[size, m, k, n] = (left, right, torch.empty(size, m, n, device=device))
+
+    def multiply():
         for shape in products:
             left, right, out = operands[shape]
             torch.bmm(left, right, out=out)
 
-    work = {"products": bare_products}
-    for label, agent in agents.items():
-        work[f"update {label}"] = lambda agent=agent: agent.update(batch)
-        work[f"action {label}"] = lambda agent=agent: agent.act(one_obs)[0].cpu()
-    jax_functions, product_flop = jax_work(sizes, options, obs_dim, act_dim)
-    work |= jax_functions
-    for function in work.values():  # compile and warm up
-        for _ in range(3):
-            function()
-    rounds = [
-        {label: seconds_per_call(function, device, options.seconds) for label, function in work.items()}
-        for _ in range(options.rounds)
-    ]
-    gflop = sum(2 * s * m * k * n for s, m, k, n in products) / 1e9
-    hardware = (
-        torch.cuda.get_device_name() if options.cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
-    row = {
-        "sizes": name,
-        "env_id": options.env_id,
-        "hardware": hardware,
-        "torch": torch.__version__,
-        "jax": jax.__version__,
-    }
-    row["update_gflop"] = round(gflop, 2)
-    for label in work:
-        row[f"{label} ms"] = round(1e3 * statistics.median(r[label] for r in rounds), 3)
-    for label in agents:
-        ratios = [r[f"update {label}"] / r["products"] for r in rounds]
-        row[f"update {label} / products"] = round(statistics.median(ratios), 2)
-    rate = [product_flop / r["product jax"] / 1e9 for r in rounds]
-    row["product jax GFLOP/s"] = round(statistics.median(rate), 1)
-    shares = [gflop / r["update jax"] / x for r, x in zip(rounds, rate, strict=True)]
-    row["update jax: share of the product's GFLOP/s"] = round(statistics.median(shares), 2)
-    for label in agents:
-        ratios = [r[f"update {label}"] / r["update jax"] for r in rounds]
-        row[f"update {label} / update jax"] = round(statistics.median(ratios), 2)
+    return multiply
+
+
+def with_torch_precision(precision, function):
+    """The function with products of this precision."""
+
+    def start():
+        torch.set_float32_matmul_precision(precision)
+        function()
+
+    return start
+
+
+def variants_of(args, options, on_gpu):
+    """The script's defaults, then the cheaper scores; the last is the cheapest."""
+    K = args.num_mc_samples
+    default = Variant("normal", K, "float32", "high" if on_gpu else "highest")
+    if not options.variants:
+        return [default]
+    noises = ("normal", "lattice")
+    dtypes = ("float32", "bfloat16")
+    variants = [Variant(*values, default.precision) for values in itertools.product(noises, (K, K // 2), dtypes)]
+    if on_gpu:
+        variants.insert(1, default._replace(precision="highest"))
+    return variants
+
+
+def torch_works(values, options, obs_dim, act_dim, device):
+    """All work of the PyTorch script; values: of Args."""
+    on_gpu = device.type == "cuda"
+    wait = torch.cuda.synchronize if on_gpu else None
+    forms = ["eager"]
+    if options.torch_compile:
+        forms.append("compiled")
+    if options.torch_compile and on_gpu:
+        forms.append("captured")
+    works = []
+
+    def add(edition, form, variant, gflop, starts):
+        for name, start in starts.items():
+            labels = {"framework": "PyTorch", "edition": edition, "form": form, "work": name}
+            labels |= {**variant._asdict(), "gflop": gflop if "update" in name else ""}
+            works.append(Work(labels, with_torch_precision(variant.precision, start), wait))
+
+    variants = variants_of(script_args(som, values), options, on_gpu)
+    if options.first_edition is not None:
+        script = load_script(options.first_edition / "som_continuous_action.py")
+        args = script_args(script, values | {"cuda": on_gpu, "compile": options.torch_compile})
+        gflop = gflop_of(update_products(args, obs_dim, act_dim))
+        starts = FirstEdition(script, args, obs_dim, act_dim, device).works()
+        in_float32 = variants[0]._replace(precision="highest")
+        add("first", "compiled" if options.torch_compile else "eager", in_float32, gflop, starts)
+    for variant in variants:
+        for form in forms if variant == variants[0] else forms[-1:]:
+            script = load_script(ROOT / "som_continuous_action.py")
+            args = script_args(script, {**values, **variant._asdict(), "compile": form != "eager"})
+            starts = InPyTorch(script, args, form, obs_dim, act_dim, device).works()
+            if variant not in (variants[0], variants[-1]):  # they act and step alike
+                starts = {"update": starts["update"]}
+            products = update_products(args, obs_dim, act_dim)
+            add("second", form, variant, gflop_of(products), starts)
+        if variant.mc_noise == "normal" and variant.score_dtype == "float32":
+            multiply = torch_products(products, device)
+            add("", "products", variant, gflop_of(products), {"products of an update": multiply})
+    return works
+
+
+def jax_works(values, options, obs_dim, act_dim, device):
+    """All work of the JAX script, of one seed."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves PyTorch its share of a GPU
+    import jax
+
+    import som_continuous_action_jax as som_jax
+
+    if device.type == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    elif jax.default_backend() != "gpu":
+        collect.exit_with_error("JAX finds no GPU; --no-jax leaves it out")
+
+    class InJAX(SecondEdition):
+        def __init__(self, args):
+            rb = som_jax.ReplayBuffer(args, obs_dim, act_dim, None, NUM_ROWS)
+            super().__init__(som_jax, args, rb, obs_dim)
+            rb.pack(rb.on_host[:NUM_ROWS], *random_columns(NUM_ROWS, obs_dim, act_dim))
+            self.args = args
+            self.ring = rb.to_device(NUM_ROWS)
+            self.keys = jax.numpy.stack([jax.random.PRNGKey(1)])  # one seed
+            init = som_jax.side_by_side(som_jax.init, args=args, obs_dim=obs_dim, act_dim=act_dim)
+            self.state = init(self.keys)
+            self.acting = som_jax.part_of_seed(0, som_jax.acting_part(self.state))  # a copy
+            self.act_key = jax.random.PRNGKey(1)
+            fixed = {"args": args, "widths": rb.widths, "policy_is_due": True}
+            self.sample_and_update = som_jax.side_by_side(som_jax.sample_and_update, donated=0, **fixed)
+            self.add_and_act = som_jax.side_by_side(som_jax.add_and_act, donated=(0, 1), args=args)
+            self.inbox = np.zeros((1, args.num_envs, rb.row_width + obs_dim), np.float32)
+            self.new_rows, self.new_obs = np.split(self.inbox[0], [rb.row_width], axis=1)
+
+        def update(self):
+            self.state, _ = self.sample_and_update(self.state, self.ring)
+
+        def action(self):
+            return np.asarray(som_jax.act_greedily(self.acting, self.one_obs, self.act_key, 0, self.args))
+
+        def send_off_actions(self):
+            acting = som_jax.acting_part(self.state)
+            self.ring, self.keys, actions = self.add_and_act(self.ring, self.keys, acting, self.inbox)
+            actions.copy_to_host_async()
+            return actions
+
+        def wait_for(self, actions):
+            return np.asarray(actions)[0]
+
+        def wait(self):
+            jax.block_until_ready(self.state)
+
+    def with_precision(precision, function):
+        def start():
+            with jax.default_matmul_precision(som_jax.MATMUL_PRECISIONS[precision]):
+                function()
+
+        return start
+
+    works = []
+    variants = variants_of(script_args(som_jax, values), options, device.type == "cuda")
+    for variant in variants:
+        args = script_args(som_jax, {**values, **variant._asdict()})
+        script = InJAX(args)
+        starts = script.works()
+        if variant not in (variants[0], variants[-1]):
+            starts = {"update": starts["update"]}
+        gflop = gflop_of(update_products(args, obs_dim, act_dim))
+        for name, start in starts.items():
+            labels = {"framework": "JAX", "edition": "second", "form": "compiled", "work": name}
+            labels |= {**variant._asdict(), "gflop": gflop if name == "update" else ""}
+            works.append(Work(labels, with_precision(variant.precision, start), script.wait))
+    return works
+
+
+def seconds_per_call(work, seconds, back_to_back):
+    calls = 0
+    begin = time.perf_counter()
+    while calls == 0 or time.perf_counter() - begin < seconds:
+        work.start()
+        calls += 1
+        if work.wait is not None and not back_to_back:
+            work.wait()
+    if work.wait is not None:
+        work.wait()
+    return (time.perf_counter() - begin) / calls
+
+
+def ratio(work, other):
+    """Median over the rounds of the time of one work divided by that of another."""
+    return round(statistics.median(map(truediv, work.seconds, other.seconds)), 3)
+
+
+def row_of(work, works):
+    """Medians, spread and ratios of one work."""
+    labels = work.labels
+    median = statistics.median(work.seconds)
+    row = dict(labels)
+    if labels["gflop"]:
+        row["gflop"] = round(labels["gflop"], 2)
+    row["ms"] = round(1e3 * median, 3)
+    row["lowest ms"] = round(1e3 * min(work.seconds), 3)
+    row["highest ms"] = round(1e3 * max(work.seconds), 3)
+    row["back to back ms"] = ""
+    if work.seconds_back_to_back:
+        row["back to back ms"] = round(1e3 * statistics.median(work.seconds_back_to_back), 3)
+    row["GFLOP/s"] = round(labels["gflop"] / median, 1) if labels["gflop"] else ""
+    row["/ products"] = ""
+    row["/ first edition"] = ""
+    kind, _, _ = labels["work"].partition(",")  # the first edition's iterations have one order
+    for other in works:
+        same_update = all(other.labels[name] == labels[name] for name in ("num_mc_samples", "precision"))
+        if labels["gflop"] and other.labels["form"] == "products" and same_update:
+            row["/ products"] = ratio(work, other)
+        if other.labels["edition"] == "first" and other.labels["work"].startswith(kind):
+            row["/ first edition"] = ratio(work, other)
     return row
 
 
-if __name__ == "__main__":
-    options = tyro.cli(BenchmarkArgs)
-    if not options.cuda:
-        jax.config.update("jax_platforms", "cpu")
-    elif not torch.cuda.is_available() or jax.default_backend() != "gpu":
-        collect.fail("--cuda: PyTorch and JAX do not both find a GPU here, use --no-cuda")
-    jax.config.update("jax_default_matmul_precision", "float32")  # as in PyTorch; JAX's own choice on a GPU is TF32
+def measure(sizes, options, device):
+    """The rows of one size."""
+    env = gym.make(options.env_id)
+    obs_dim = env.observation_space.shape[0]
+    act_dim = env.action_space.shape[0]
+    env.close()
+    values = {"env_id": options.env_id, "buffer_size": NUM_ROWS, **SIZES[sizes]}
+    works = torch_works(values, options, obs_dim, act_dim, device)
+    if options.jax:
+        works += jax_works(values, options, obs_dim, act_dim, device)
+    works = [work for work in works if any(kind in work.labels["work"] for kind in options.works)]
+    for work in works:  # compile and warm up; the script captures a graph in its sixth call
+        for _ in range(7 if work.labels["form"] == "captured" else 3):
+            work.start()
+        if work.wait is not None:
+            work.wait()
+    for _ in range(options.rounds):
+        for work in works:
+            work.seconds.append(seconds_per_call(work, options.seconds, back_to_back=False))
+            if work.wait is not None:
+                work.seconds_back_to_back.append(seconds_per_call(work, options.seconds, back_to_back=True))
+    threads = torch.get_num_threads()
+    hardware = launch.hardware(threads, 0)
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name()
+    common = {"sizes": sizes, "env_id": options.env_id, "hardware": hardware, "threads": threads}
+    common["torch"] = torch.__version__
+    common["jax"] = metadata.version("jax") if options.jax else ""
+    return [common | row_of(work, works) for work in works]
+
+
+def main(options):
+    if options.device == "gpu" and not torch.cuda.is_available():
+        collect.exit_with_error("--device gpu: PyTorch finds no GPU")
+    if options.first_edition is not None and not (options.first_edition / "som_continuous_action.py").is_file():
+        collect.exit_with_error(f"--first-edition {options.first_edition} is no checkout of the repository")
+    device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())  # the default one cannot be captured
     rows = []
-    for name in options.sizes:
-        rows.append(measure(name, {"paper": PAPER, "small": SMALL}[name], options))
-        print("\n".join(f"{key:44} {value}" for key, value in rows[-1].items()), end="\n\n", flush=True)
-    if options.csv:
+    for sizes in options.sizes:
+        rows_of_size = measure(sizes, options, device)
+        for row in rows_of_size:
+            print("  ".join(str(value) for value in row.values()), flush=True)
+        rows += rows_of_size
+    if options.csv is not None:
         collect.write(options.csv, rows)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(BenchmarkArgs, description=__doc__))

@@ -1,57 +1,79 @@
 """benchmark/best_of_n.py on runs of a few steps."""
 
 import csv
-import pathlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, __file__.rpartition("/")[0])
+sys.path.insert(0, str(Path(__file__).parent))
 import best_of_n
+import collect
 
-FLAGS = "--env-id Pendulum-v1 --num-envs 2 --learning-starts 20 --total-timesteps 60 --num-episodes 10"
-FLAGS = f"{FLAGS} --hidden-dim 8 --num-mc-samples 2 --best-of-n 2 --batch-size 8".split()
-SCRIPTS = {"som_continuous_action.py": ["--no-cuda", "--no-compile"], "som_continuous_action_jax.py": ["--num-seeds=2"]}
+FLAGS = "--env-id Pendulum-v1 --num-envs 2 --learning-starts 20 --total-timesteps 60 --num-episodes 2"
+FLAGS = f"{FLAGS} --hidden-dim 8 --num-mc-samples 2 --best-of-n 2 --batch-size 8 --device cpu".split()
+# sixteen seeds: their returns are longer than a printed line
+SCRIPTS = {"som_continuous_action.py": ["--no-compile"], "som_continuous_action_jax.py": ["--num-seeds=16"]}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
+    """{script: folder of the first seed}"""
     folder = tmp_path_factory.mktemp("runs")
     for script, flags in SCRIPTS.items():
-        command = [sys.executable, str(best_of_n.ROOT / script), *FLAGS, *flags]
+        command = [sys.executable, str(collect.ROOT / script), *FLAGS, *flags]
         subprocess.run(command, cwd=folder, check=True, capture_output=True)
-    return sorted(folder.glob("runs/*__1__*"))
+    return {script: next(folder.glob(f"runs/*__{Path(script).stem}__1__*")) for script in SCRIPTS}
 
 
 def final_returns(run):
-    """Of all seeds that were trained beside this run's."""
-    for folder in sorted(run.parent.glob(run.name.split("__1__")[0] + "__?__*")):
-        with (folder / "evaluations.csv").open() as file:
-            yield f"{float(list(csv.DictReader(file))[-1]['return_mean']):.0f}"
+    """Of all seeds that were trained beside this run's, rounded as --evaluate prints them and then as the table."""
+    name, _, ending = run.name.partition("__1__")
+    returns = []
+    for seed in range(1, 17):
+        path = run.parent / f"{name}__{seed}__{ending}" / "evaluations.csv"
+        if path.is_file():
+            with path.open() as file:
+                mean = float(list(csv.DictReader(file))[-1]["return_mean"])
+            returns.append(f"{round(mean, 1):.0f}")
+    return returns
 
 
-def test_with_its_own_n_a_run_has_the_return_of_its_last_evaluation(runs, tmp_path):
+def test_with_its_own_n_a_run_has_the_return_of_its_last_evaluation(runs, tmp_path, capsys):
     path = tmp_path / "table.csv"
-    best_of_n.main(best_of_n.BestOfNArgs(runs=tuple(runs), csv=path, best_of_n=(1, 2)))
+    (tmp_path / "refused").mkdir()
+    args = best_of_n.BestOfNArgs(runs=(tmp_path / "refused", *runs.values()), csv=path, best_of_n=(1, 2))
+    best_of_n.main(args)
     with path.open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["script"] for row in rows] == list(SCRIPTS) and [len(row["N = 1"].split()) for row in rows] == [1, 2]
-    for row, run in zip(rows, runs, strict=True):
-        assert row["N = 2"].split() == list(final_returns(run)) and row["trained with"] == "2"
+    assert [row["script"] for row in rows] == list(SCRIPTS)
+    assert [len(row["N = 1"].split()) for row in rows] == [1, 16]
+    for row, run in zip(rows, runs.values(), strict=True):
+        assert row["N = 2"].split() == final_returns(run)
+        assert row["trained with"] == "2"
         assert row["N = 1"] != row["N = 2"]
+    assert capsys.readouterr().err == f"note: {tmp_path}/refused is left out: it has no config.json\n"
 
 
-def test_what_is_not_a_run_is_told(runs, tmp_path, capsys):
-    args = best_of_n.BestOfNArgs(runs=(pathlib.Path("runs/nowhere"),), csv=tmp_path / "table.csv")
+def refusal(capsys, **options):
     with pytest.raises(SystemExit) as stop:
-        best_of_n.main(args)
+        best_of_n.main(best_of_n.BestOfNArgs(**options))
+    assert stop.value.code == 2
+    assert not options["csv"].exists()
     message = capsys.readouterr().err
-    assert stop.value.code == 2 and "not the folder of a run" in message and len(message.splitlines()) == 1
-    with pytest.raises(SystemExit) as stop:
-        best_of_n.main(best_of_n.BestOfNArgs(runs=(), csv=tmp_path / "table.csv"))
-    assert stop.value.code == 2 and "--runs" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as stop:  # the script's own message
-        best_of_n.main(best_of_n.BestOfNArgs(runs=tuple(runs), csv=tmp_path / "table.csv", best_of_n=(0,)))
-    assert stop.value.code == 2 and "--best-of-n must be in" in capsys.readouterr().err
-    assert not (tmp_path / "table.csv").exists()
+    assert len(message.splitlines()) == 1
+    return message
+
+
+def test_bad_input_is_refused(runs, tmp_path, capsys):
+    path = tmp_path / "table.csv"
+    assert "not the folder of a run" in refusal(capsys, runs=(Path("runs/nowhere"),), csv=path)
+    assert "--runs and --best-of-n need" in refusal(capsys, runs=(), csv=path)
+    # the script's own message
+    som_run = runs["som_continuous_action.py"]
+    assert "--best-of-n cannot be 0" in refusal(capsys, runs=(som_run,), csv=path, best_of_n=(0,))
+    (tmp_path / "copied").mkdir()
+    config = (som_run / "config.json").read_text().replace("som_continuous_action.py", "my_som.py")
+    (tmp_path / "copied/config.json").write_text(config)
+    assert "is of my_som.py, which is not in" in refusal(capsys, runs=(tmp_path / "copied",), csv=path)

@@ -149,7 +149,7 @@ def leads_to(path, folder):
 def test_a_real_run_that_is_killed_goes_on_from_its_checkpoint(tmp_path):
     flags = ["--scripts", SCRIPT.parents[1] / "som_continuous_action.py", "--env-ids", "Pendulum-v1", "--retries", "1"]
     common = "--total-timesteps 3000 --num-envs 1 --learning-starts 100 --hidden-dim 8 --num-layers 1 --batch-size 8 "
-    common += "--num-mc-samples 2 --best-of-n 2 --eval-frequency 1000 --checkpoint-frequency 200 --no-cuda"
+    common += "--num-mc-samples 2 --best-of-n 2 --eval-frequency 1000 --checkpoint-frequency 200 --device cpu"
     command = [sys.executable, SCRIPT, "--out", "out", "--num-cpus", "1", *flags, "--", *common.split()]
     with (tmp_path / "errors").open("w") as errors:
         process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=errors)

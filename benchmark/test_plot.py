@@ -134,6 +134,17 @@ def test_the_plots_as_a_user_makes_them(results, tmp_path):
     assert (tmp_path / "a/b/curves.svg").read_bytes() == before
 
 
+def test_every_setting_is_in_the_legend_as_it_is_called(tmp_path):
+    names = ["_under", "$dollars$", r"$\broken$", "plain"]
+    path = table(tmp_path / "t.csv", *(f"{name},A-v0,1,10,1,python a.py" for name in names))
+    made = run("--csvs", path, "--out", tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert "Warning" not in made.stderr
+    picture = (tmp_path / "curves.svg").read_text()
+    for name in names:  # letters are drawn as paths, below a comment with the text
+        assert f"<!-- {name} -->" in picture
+
+
 def test_curves_are_those_of_the_table(results):
     curves = plot.read([results])
     steps, returns = curves["high"]["B-v0"]
@@ -166,6 +177,9 @@ def test_scripts_with_a_setting_of_one_name_are_kept_apart(tmp_path):
         ("--csvs other.csv", "no table of evaluations"),
         ("--csvs text.csv", "no table of evaluations: ValueError"),
         ("--csvs twice.csv", "two returns of x a.py A-v0, seed 1, step 10"),
+        ("--csvs nan.csv", "the return of x a.py A-v0, seed 1, step 10 is nan"),
+        ("--csvs infinite.csv", "the return of x a.py A-v0, seed 1, step 10 is -inf"),
+        ("--csvs short.csv", "no table of evaluations"),
         ("--csvs apart.csv", "have no step of evaluation in common"),
         ("--env-ids C-v0", "--env-ids C-v0 is not in the tables; they have A-v0, B-v0"),
         ("--settings none", "--settings none is not in the tables"),
@@ -183,6 +197,9 @@ def test_bad_input_is_refused(results, tmp_path, monkeypatch, capsys, flags, mes
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     table(tmp_path / "text.csv", "x,A-v0,1,10,high,python a.py")
     table(tmp_path / "twice.csv", "x,A-v0,1,10,1,python a.py", "x,A-v0,1,10,2,python a.py")
+    table(tmp_path / "nan.csv", "x,A-v0,1,10,nan,python a.py")
+    table(tmp_path / "infinite.csv", "x,A-v0,1,10,-inf,python a.py")
+    table(tmp_path / "short.csv", "x,A-v0,1,10")
     table(tmp_path / "apart.csv", "x,A-v0,1,10,1,python a.py", "x,A-v0,2,20,2,python a.py")
     default = [] if "--csvs" in flags else ["--csvs", "results.csv"]
     with pytest.raises(SystemExit) as stop:

@@ -2,16 +2,18 @@
 
 import csv
 import json
-import pathlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
-FEW = (
-    "--total-timesteps 222 --learning-starts 100 --eval-frequency 100 --hidden-dim 8 --batch-size 16 --no-cuda".split()
-)
+sys.path.insert(0, str(Path(__file__).parent))
+import collect
+
+ROOT = Path(__file__).parents[1]
+FEW = "--total-timesteps 222 --learning-starts 100 --eval-frequency 100 --hidden-dim 8 --batch-size 16"
+FEW = f"{FEW} --device cpu".split()
 
 
 def run(script, folder, *flags):
@@ -38,16 +40,26 @@ def test_run_is_like_that_of_som(tmp_path):
     assert config["script"] == "sac.py" and config["seed"] == 2 and "stable-baselines3" in config["versions"]
     assert list(made.glob("events.out.tfevents.*"))
 
-    collect = [sys.executable, ROOT / "benchmark/collect.py", "--csv", tmp_path / "x.csv", "--runs", made]
-    subprocess.run(collect, check=True, capture_output=True)
+    words = [sys.executable, ROOT / "benchmark/collect.py", "--csv", tmp_path / "x.csv", "--runs", made]
+    subprocess.run(words, check=True, capture_output=True)
     with (tmp_path / "x.csv").open() as file:
         row = list(csv.DictReader(file))[-1]
     assert row["script"] == "benchmark/sac.py" and row["setting"] == "sac"
-    assert row["command"].startswith("python benchmark/sac.py --seed 2 --env-id InvertedPendulum-v4 --total-timesteps")
+    command = "python benchmark/sac.py --seed 2 --device cpu --env-id InvertedPendulum-v4 --total-timesteps 222"
+    assert row["command"].startswith(command)
 
     (tmp_path / "again").mkdir()
     _, again = run("benchmark/sac.py", tmp_path / "again", "--seed", "2")
     assert [row["return_mean"] for row in again] == [row["return_mean"] for row in of_sac]
+
+
+def test_the_defaults_are_those_of_the_preset():
+    laptop = collect.defaults_of("som_continuous_action.py", "laptop")
+    own = collect.defaults_of("benchmark/sac.py")
+    shared = own.keys() & laptop.keys() - {"exp_name", "env_id"}
+    assert len(shared) > 10
+    assert {name: own[name] for name in shared} == {name: laptop[name] for name in shared}
+    assert own["learning_rate"] == laptop["q_lr"] == laptop["policy_lr"]
 
 
 @pytest.mark.parametrize(
@@ -55,9 +67,13 @@ def test_run_is_like_that_of_som(tmp_path):
     [
         ("--env-id HalfCheeta-v4", "HalfCheeta"),
         ("--learning-rate 0", "--learning-rate must be > 0"),
-        ("--batch-size 0", "--batch-size must be in"),
+        ("--batch-size 0", "--batch-size cannot be 0"),
+        ("--num-episodes 0", "--num-episodes cannot be 0"),
         ("--env-id CartPole-v1", "has actions Discrete"),
-        ("--env-id HalfCheetah-v5 --total-timesteps 5000", "--total-timesteps must be > --learning-starts"),
+        (
+            "--env-id HalfCheetah-v5 --total-timesteps 5000",
+            "must be at least --learning-starts + --num-envs",
+        ),
     ],
 )
 def test_bad_input_is_refused(tmp_path, flags, message):

@@ -1,38 +1,205 @@
-"""benchmark/step_time.py: its count of the arithmetic against what PyTorch does, a table of small sizes."""
+"""benchmark/step_time.py: its count of the arithmetic against what PyTorch does, and tables of small sizes."""
 
+import csv
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, __file__.rpartition("/")[0])
+sys.path.insert(0, str(Path(__file__).parent))
 import step_time
 from step_time import som
 
-SIZES = {"batch_size": 8, "num_mc_samples": 5, "best_of_n": 3, "hidden_dim": 16}
+SIZES = {"batch_size": 8, "num_mc_samples": 6, "best_of_n": 3, "hidden_dim": 16}
 O, A = 7, 3
-
-
-def flop(products):
-    return sum(2 * s * m * k * n for s, m, k, n in products)
+CPU = torch.device("cpu")
+QUICK = {"env_id": "Pendulum-v1", "rounds": 2, "seconds": 0.0, "device": "cpu", "torch_compile": False}
 
 
 @pytest.mark.parametrize("num_layers", [2, 3])
 def test_products_are_those_of_an_update(num_layers):
-    args = som.Args(cuda=False, compile=False, num_layers=num_layers, **SIZES)
-    agent, B = som.Agent(args, O, A, torch.device("cpu")), args.batch_size
-    columns = torch.randn(B, O), torch.randn(B, O), torch.rand(B, A), torch.randn(B), torch.zeros(B)
+    args = som.Args(compile=False, num_layers=num_layers, **SIZES)
+    agent = som.Agent(args, O, A, CPU)
+    B = args.batch_size
+    batch = som.Batch(torch.randn(B, O), torch.randn(B, O), torch.rand(B, A), torch.randn(B), torch.zeros(B))
     with FlopCounterMode(display=False) as counter:
-        agent.update(som.Batch(*columns))
+        agent.update(batch)
     # in its JVP PyTorch also multiplies the layers' inputs by the tangents of the weights, which are zero
     zeros = step_time.network_products(1, B, B, O, A + 32, A, args, "none")[1:]
-    assert counter.get_total_flops() == flop(step_time.update_products(args, O, A)) + flop(zeros)
+    products = step_time.update_products(args, O, A) + zeros
+    assert counter.get_total_flops() == pytest.approx(1e9 * step_time.gflop_of(products), rel=1e-12)
 
 
-def test_a_row_of_small_sizes():
-    options = step_time.BenchmarkArgs(env_id="Pendulum-v1", rounds=1, seconds=0.0, cuda=False, torch_compile=False)
-    row = step_time.measure("tiny", SIZES, options)
-    times = {key: value for key, value in row.items() if key.endswith(" ms")}
-    assert len(times) == 6 and min(times.values()) >= 0
-    assert row["update eager / products"] > 0 and row["update jax: share of the product's GFLOP/s"] >= 0
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(step_time.SIZES, "small", SIZES)
+
+
+def test_a_table_of_small_sizes(tiny, tmp_path):
+    path = tmp_path / "table.csv"
+    options = step_time.BenchmarkArgs(sizes=("small",), jax=False, csv=path, **QUICK)
+    step_time.main(options)
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        assert 0 < float(row["lowest ms"]) <= float(row["ms"]) <= float(row["highest ms"])
+        assert row["/ first edition"] == ""
+    updates = [row for row in rows if row["work"] == "update"]
+    scores = [(row["mc_noise"], row["num_mc_samples"], row["score_dtype"]) for row in updates]
+    noises, dtypes = ("normal", "lattice"), ("float32", "bfloat16")
+    assert scores == [(noise, K, dtype) for noise in noises for K in ("6", "3") for dtype in dtypes]
+    assert all(float(row["/ products"]) > 0 for row in updates)
+    # of the defaults and of the cheapest score
+    for name in ("action", "iteration, new order", "iteration, old order"):
+        assert [row["num_mc_samples"] for row in rows if row["work"] == name] == ["6", "3"]
+
+
+def test_only_what_is_asked_for_is_timed(tiny):
+    options = step_time.BenchmarkArgs(works=("update",), jax=False, variants=False, **QUICK)
+    rows = step_time.measure("small", options, CPU)
+    assert [row["work"] for row in rows] == ["update", "products of an update"]
+
+
+def test_an_update_is_done_as_its_row_says(tiny, monkeypatch):
+    """What reaches the score: its number of samples, their kind, and the dtype of the critic's layers."""
+    seen = []
+    load_script = step_time.load_script
+
+    def load_and_watch(path):
+        script = load_script(path)
+        actor_loss = script.actor_loss
+
+        def watched(u_fn, q_fn, batch, uniform, eps, mc_eps, alpha, args):
+            seen.append((mc_eps, q_fn.keywords["hidden_dtype"]))
+            return actor_loss(u_fn, q_fn, batch, uniform, eps, mc_eps, alpha, args)
+
+        script.actor_loss = watched
+        return script
+
+    monkeypatch.setattr(step_time, "load_script", load_and_watch)
+    values = {"env_id": "Pendulum-v1", "buffer_size": step_time.NUM_ROWS, **SIZES}
+    works = step_time.torch_works(values, step_time.BenchmarkArgs(**QUICK), 3, 1, CPU)
+    for work in works:
+        if work.labels["work"] != "update":
+            continue
+        seen.clear()
+        work.start()
+        ((mc_eps, dtype),) = seen
+        assert mc_eps.shape == (8, work.labels["num_mc_samples"], 1)
+        assert str(dtype) == f"torch.{work.labels['score_dtype']}"
+        # the points of a lattice differ by the same share of the unit interval in every state
+        uniform = torch.special.ndtr(mc_eps)
+        steps = (uniform[:, 1:] - uniform[:, :-1]) % 1
+        is_lattice = torch.allclose(steps, steps[:1].expand_as(steps), atol=1e-4)
+        assert is_lattice == (work.labels["mc_noise"] == "lattice")
+
+
+def test_the_two_orders_of_an_iteration(monkeypatch):
+    """The update comes before the environments' step, or after it; the rows are those of the step."""
+    args = som.Args(env_id="Pendulum-v1", buffer_size=step_time.NUM_ROWS, num_envs=2, compile=False, **SIZES)
+    script = step_time.InPyTorch(som, args, "eager", 3, 1, CPU)
+    events = []
+    step = script.envs.step
+
+    def watched_step(actions):
+        events.append("step")
+        return step(actions)
+
+    monkeypatch.setattr(script.envs, "step", watched_step)
+    script.update = lambda: events.append("update")
+    for update_comes_first, order in ((True, ["update", "step"]), (False, ["step", "update"])):
+        obs = script.obs
+        script.iteration(update_comes_first)
+        assert events == order
+        events.clear()
+        np.testing.assert_array_equal(script.new_rows[:, :3], obs)
+        np.testing.assert_array_equal(script.new_rows[:, 4:7], script.obs)
+
+
+FIRST_EDITION = """
+import torch, gymnasium as gym
+from dataclasses import dataclass
+
+@dataclass
+class Args:
+    env_id: str
+    cuda: bool
+    compile: bool
+    num_envs: int = 2
+    num_layers: int = 2
+    num_frequencies: int = 8
+    batch_size: int = 8
+    num_mc_samples: int = 6
+    best_of_n: int = 3
+    hidden_dim: int = 16
+
+def make_env(env_id):
+    return gym.make(env_id)
+
+class Agent:
+    def __init__(self, args, obs_dim, act_dim, device):
+        self.act_dim = act_dim
+
+    def act(self, obs, explore=False):
+        return torch.zeros(len(obs), self.act_dim), None
+
+    def update(self, batch):
+        assert batch == 8
+
+class ReplayBuffer:
+    def __init__(self, size, obs_dim, act_dim, device):
+        self.widths = (obs_dim, obs_dim, act_dim)
+
+    def add(self, obs, next_obs, actions, rewards, terminated):
+        assert (obs.shape[1], next_obs.shape[1], actions.shape[1]) == self.widths
+
+    def sample(self, batch_size):
+        return batch_size
+"""
+
+
+def test_the_first_edition_beside_the_second(tiny, tmp_path, capsys):
+    (tmp_path / "som_continuous_action.py").write_text(FIRST_EDITION)
+    options = step_time.BenchmarkArgs(sizes=("small",), variants=False, first_edition=tmp_path, **QUICK)
+    rows = step_time.measure("small", options, CPU)
+    works = ["update", "action", "iteration, old order"]
+    assert [row["work"] for row in rows if row["edition"] == "first"] == works
+    for row in rows:
+        assert (row["/ first edition"] == "") == (row["edition"] == "")
+    assert {row["framework"] for row in rows} == {"PyTorch", "JAX"}
+    in_jax = [row for row in rows if row["framework"] == "JAX"]
+    assert [row["work"] for row in in_jax] == ["update", "action", "iteration, new order", "iteration, old order"]
+    assert all(row["back to back ms"] > 0 for row in in_jax)
+
+
+def test_ratios_are_those_of_the_rounds():
+    labels = {"num_mc_samples": 6, "precision": "high", "gflop": 2.0}
+    own = labels | {"work": "update", "edition": "second", "form": "compiled"}
+    first = labels | {"work": "update", "edition": "first", "form": "compiled"}
+    products = labels | {"work": "products of an update", "edition": "", "form": "products"}
+    works = [step_time.Work(x, None, None) for x in (own, first, products)]
+    works[0].seconds += [1.0, 2.0, 9.0]
+    works[1].seconds += [2.0, 2.0, 3.0]
+    works[2].seconds += [0.5, 0.25, 1.0]
+    row = step_time.row_of(works[0], works)
+    assert (row["ms"], row["lowest ms"], row["highest ms"]) == (2000, 1000, 9000)
+    assert (row["GFLOP/s"], row["/ first edition"], row["/ products"]) == (1, 1, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"first_edition": Path("nowhere")}, "--first-edition nowhere is no checkout"),
+        ({"device": "gpu"}, "--device gpu: PyTorch finds no GPU"),
+    ],
+)
+def test_bad_input_is_refused(options, message, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        step_time.main(step_time.BenchmarkArgs(**options))
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
