@@ -18,6 +18,7 @@ import os
 import pathlib
 import re
 import runpy
+import signal
 import subprocess
 import sys
 import typing
@@ -86,6 +87,8 @@ def test_gradient_of_the_reward_is_the_closed_form(name):
     expected = (density.unsqueeze(-1) * pull / task.std**2).sum(dim=1)
     gradient = torch.func.grad(lambda a: task.reward(a).sum())(a)
     torch.testing.assert_close(gradient, expected, atol=1e-4, rtol=1e-3)
+    log_gradient = torch.func.grad(lambda a: task.log_reward(a).sum())(a)
+    torch.testing.assert_close(log_gradient * task.reward(a).unsqueeze(1), expected, atol=1e-4, rtol=1e-3)
 
 
 def test_counts_of_points_made_by_hand():
@@ -253,8 +256,10 @@ def test_the_critics_gradient_is_that_of_its_own_loss_alone():
 
 
 def test_an_update_is_one_of_the_policy_and_one_of_the_critic_for_each_batch():
-    task, batches = bandit.Bandit("eight-gaussians"), 4 * torch.rand(3, 32, 2) - 2
-    one, three = (bandit.Agent(small(), "som", task) for _ in range(2))
+    task = bandit.Bandit("eight-gaussians")
+    batches = 4 * torch.rand(3, 32, 2) - 2
+    one = bandit.Agent(small(), "som", task)
+    three = bandit.Agent(small(), "som", task)
     three.actor.load_state_dict(one.actor.state_dict())
     three.critic.load_state_dict(one.critic.state_dict())
     q = copy.deepcopy(one.critic)  # the same three steps by hand
@@ -270,6 +275,17 @@ def test_an_update_is_one_of_the_policy_and_one_of_the_critic_for_each_batch():
         torch.testing.assert_close(x, y, rtol=0, atol=0)
     for x, y in zip(three.critic.parameters(), q.parameters(), strict=True):
         torch.testing.assert_close(x, y)
+
+
+def test_learning_rates_fall_linearly():
+    task = bandit.Bandit("eight-gaussians")
+    args = small(total_updates=4, policy_lr=1e-3, q_lr=2e-3)
+    agent = bandit.Agent(args, "mfp", task)
+    a = 4 * torch.rand(1, 32, 2) - 2
+    for left in (1.0, 0.75, 0.5, 0.25):
+        agent.update(a, task.reward(a))
+        rates = [optimizer.param_groups[0]["lr"] for optimizer in agent.optimizers.values()]
+        assert rates == pytest.approx([1e-3 * left, 2e-3 * left])
 
 
 @pytest.mark.parametrize(("oracle", "batches"), [(True, 1), (False, 3)])
@@ -296,8 +312,8 @@ def test_one_step_action_is_noise_minus_u_and_mfp_takes_its_best():
 def test_shared_functions_are_equal_to_the_letter():
     shared = {
         som: "EnsembleMLP MeanFlowActor vp_schedule cosine_schedule estimate_score pf_ode_velocity sample_r_t "
-        "meanflow_loss best_of_n fail",
-        mfp: "EnsembleMLP MeanFlowActor mfp_loss sample_r_t best_of_n fail",
+        "meanflow_loss best_of_n soft_update exit_with_error writing",
+        mfp: "EnsembleMLP MeanFlowActor mfp_loss sample_r_t best_of_n soft_update exit_with_error writing",
     }
     for script, names in shared.items():
         for name in names.split():
@@ -315,7 +331,7 @@ def test_every_field_is_read_and_every_default_has_its_type():
 
 
 def test_script_is_short_and_imports_nothing_of_this_repository():
-    assert len(SCRIPT.read_text().splitlines()) <= 500
+    assert len(SCRIPT.read_text().splitlines()) <= 800
     assert not re.search(r"(?m)^(from|import) (som|mfp|benchmark)_?\w*", SCRIPT.read_text())
 
 
@@ -358,7 +374,7 @@ def tiny_run(tmp_path_factory):
     changes = (
         ("NUM_SAMPLES = 2000 ", f"NUM_SAMPLES = {FEW} "),
         ("NUM_ODE_STEPS = 100 ", "NUM_ODE_STEPS = 10 "),
-        ("num_mc_samples: int = 200)", "num_mc_samples: int = 5)"),
+        ("num_mc_samples=200)", "num_mc_samples=5)"),
     )
     for old, new in changes:
         assert source.count(old) == 1
@@ -433,6 +449,38 @@ def test_every_number_has_a_bad_value_above():
 )
 def test_flags_without_effect_are_refused(capsys, flags, words):
     assert words in refused(capsys, *flags.split())
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(SystemExit) as stop:
+        run_here(SCRIPT, tmp_path)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and len(error.splitlines()) == 1 and "cannot be written" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_workers_end_with_the_main_process(tmp_path, number):
+    source = SCRIPT.read_text()
+    old = "    for update in progress:\n"
+    assert source.count(old) == 1
+    script = tmp_path / SCRIPT.name
+    script.write_text(source.replace(old, '    print("a worker trains", flush=True)\n' + old))
+    flags = [*TINY, "--total-updates", "1000000", "--num-envs", "1"]  # hours
+    process = subprocess.Popen(
+        [sys.executable, script, *flags], cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        for _ in range(2):
+            assert process.stdout.readline() == "a worker trains\n"
+        process.send_signal(number)  # to the main process alone
+        # the workers write into the same pipe: its end comes when all of them are gone, else never
+        output, _ = process.communicate(timeout=60)
+        assert output == "" and process.returncode == -number
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("flags", ["--task three-moons", "--batch-size 0", "--no-such-flag", "--seed one"])

@@ -8,6 +8,7 @@ import math
 from functools import partial
 from itertools import pairwise
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -192,6 +193,145 @@ def test_score_is_autograds_gradient_of_log_sum_exp(path, q_norm, clip):
     if q_norm:  # the check has teeth: a std that is differentiated, too, gives another gradient
         (live,) = torch.autograd.grad((alpha / live_std * q).logsumexp(1).sum(), leaf)
         assert (live - expected).abs().max() > 1e-2
+
+
+def sobol_points(K, dim):
+    return torch.quasirandom.SobolEngine(dim, scramble=True, seed=0).draw(K, dtype=F64)
+
+
+def mc_noise(kind, n, K, dim, seed):
+    """(n, K, dim)"""
+    if kind == "normal":
+        return randn(n, K, dim, seed=seed)
+    return som.lattice_noise(sobol_points(K, dim), rand(n, 1, dim, seed=seed))
+
+
+def test_every_sample_of_a_shifted_lattice_is_standard_normal():
+    n, K, dim = 20_000, 8, 3
+    eps = mc_noise("lattice", n, K, dim, seed=1)
+    assert eps.shape == (n, K, dim)
+    ordered = eps.sort(dim=0).values
+    # Kolmogorov and Smirnov: exceeded by 2 exp(-2 * 2.2^2) = 0.0001 of such samples
+    steps = (torch.arange(n, dtype=F64).reshape(n, 1, 1) + 0.5) / n
+    assert (torch.special.ndtr(ordered) - steps).abs().max() < 2.2 / n**0.5
+    # coordinates of a sample are independent
+    for k in range(K):
+        close(eps[:, k].T.cov(), torch.eye(dim, dtype=F64), atol=0.05, rtol=0)
+    # and all K of a state have the same shift: the points lie as before, modulo 1
+    distances = (
+        torch.special.ndtr(eps) - sobol_points(K, dim) - torch.special.ndtr(eps[:, :1]) + sobol_points(K, dim)[0]
+    )
+    assert (distances - distances.round()).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ("normal", "lattice"))
+def test_mean_over_shifts_is_the_closed_form(kind):
+    # E exp(c eps) = exp(|c|^2 / 2), E eps exp(c eps) = c exp(|c|^2 / 2): the numerator and denominator of a linear Q
+    n, K, c = 4000, 10, torch.tensor([0.5, -0.8, 0.3], dtype=F64)
+    eps = mc_noise(kind, n, K, 3, seed=2)
+    weights = (eps @ c).exp().unsqueeze(-1)
+    expected = (c @ c / 2).exp() * torch.cat([torch.ones(1, dtype=F64), c])
+    estimates = torch.cat([weights, weights * eps], -1).mean(1)  # (n, 4)
+    errors = estimates.std(0) / n**0.5
+    assert ((estimates.mean(0) - expected).abs() < 4 * errors).all()
+
+
+def test_points_of_the_lattice_lie_evenly():
+    spreads = [mc_noise(kind, 4000, 50, 6, seed=3).mean(1).std().item() for kind in ("normal", "lattice")]
+    assert spreads[0] == pytest.approx(50**-0.5, rel=0.03) and spreads[1] < 0.45 * spreads[0]  # measured: 0.39
+
+
+# alpha: bounds of the error with 50 points, beside 100 and 50 independent ones; measured with two seeds: 0.88 to 1.00
+# and 0.61 to 0.71, 1.07 to 1.20 and 0.94 to 0.97
+@pytest.mark.parametrize(("alpha", "beside_100", "beside_50"), [(1.0, 1.05, 0.8), (5.0, 1.3, 1.05)])
+@pytest.mark.parametrize("t", (0.2, 0.5, 0.8))
+def test_fifty_points_of_the_lattice_are_as_good_as_a_hundred_independent_ones(alpha, beside_100, beside_50, t):
+    dim, num_points, num_repeats = 6, 16, 64
+    mixture = random_mixture(dim)
+    mu, sigma, _, _ = VP(torch.full((num_points * num_repeats, 1), t, dtype=F64))
+    a_t = mu[:num_points] * mixture.sample(num_points, 10) + sigma[:num_points] * randn(num_points, dim, seed=20)
+    # Q divided by its std within a state, as in the script
+    samples = (a_t + sigma[:num_points] * randn(2000, 1, dim, seed=30)) / mu[:num_points]
+    std = mixture.log_prob(samples).std(0).mean()
+
+    def q_fn(obs, a):
+        return mixture.log_prob(a) / std
+
+    def score(a_t, eps):
+        n = len(a_t)
+        return som.estimate_score(q_fn, None, a_t, mu[:n], sigma[:n], eps, alpha, clip=False)[0]
+
+    exact = score(a_t, randn(num_points, 20_000, dim, seed=40)).repeat(num_repeats, 1)
+    a_t, errors = a_t.repeat(num_repeats, 1), {}
+    for kind, K in ("lattice", 50), ("normal", 50), ("normal", 100):
+        estimate = score(a_t, mc_noise(kind, len(a_t), K, dim, seed=50))
+        errors[kind, K] = (estimate - exact).square().mean().sqrt()
+    assert errors["lattice", 50] < beside_100 * errors["normal", 100]
+    assert errors["lattice", 50] < beside_50 * errors["normal", 50]
+
+
+def critic_of_large_q(obs_dim, act_dim):
+    """Trained on a return of about 300, to which an action adds 1 to 2; its states' std is 13."""
+    torch.manual_seed(1)
+    critic = som.QNetwork(2, obs_dim, act_dim, 2, hidden_dim=64, num_layers=3)
+    level, best = torch.randn(obs_dim) / 4, torch.randn(obs_dim, act_dim) / 4
+    adam = torch.optim.Adam(critic.parameters(), lr=3e-3, fused=True)
+    for _ in range(1200):
+        obs, a = torch.randn(256, obs_dim), 2 * torch.rand(256, 1, act_dim) - 1
+        q = (
+            300
+            + 20 * torch.tanh(obs @ level).unsqueeze(1)
+            - 2 * (a - torch.tanh(obs @ best).unsqueeze(1)).square().sum(-1)
+        )
+        adam.zero_grad()
+        (critic.mean_return(obs, a) - q).square().mean().backward()
+        adam.step()
+    return critic.requires_grad_(False)
+
+
+def test_hidden_layers_in_bfloat16_keep_the_direction_of_the_score():
+    B, K, O, A = 128, 32, 17, 6
+    critic = critic_of_large_q(O, A)
+    half = copy.deepcopy(critic).bfloat16()
+    obs, a_t, t = torch.randn(B, O), 0.6 * torch.randn(B, A), 0.05 + 0.9 * torch.rand(B, 1)
+    mu, sigma, _, _ = som.vp_schedule(t, 0.1, 1.0)
+
+    def unit_score(q_fn, eps):
+        score, logits = som.estimate_score(q_fn, obs, a_t, mu, sigma, eps, 5.0, "uniform", "state")
+        return F.normalize(score.float()), logits
+
+    def q_fn(obs, a, dtype=None):
+        return critic(obs, a, dtype)[0].mean(dim=0)
+
+    eps = torch.randn(B, K, A)
+    q = q_fn(obs, ((a_t / mu).unsqueeze(1) + (sigma / mu).unsqueeze(1) * eps).clamp(-1, 1))
+    assert 280 < q.mean() < 310 and 1 < q.std(dim=1).mean() < 2.5
+    exact, _ = unit_score(q_fn, eps)
+    hidden, logits = unit_score(partial(q_fn, dtype=torch.bfloat16), eps)
+    throughout, _ = unit_score(lambda obs, a: half(obs.bfloat16(), a.bfloat16())[0].mean(dim=0), eps)
+    redrawn, _ = unit_score(q_fn, torch.randn(B, K, A))
+    assert logits.dtype == torch.float32
+    errors = [(score - exact).norm(dim=1).mean().item() for score in (hidden, throughout, redrawn)]
+    # measured with three seeds: 0.04 to 0.07, 0.21 to 0.23, 0.58 to 0.65
+    assert errors[0] < 0.1 and 0.15 < errors[1] < 0.5 and errors[2] > 0.4
+    assert errors[1] > 2.5 * errors[0]
+
+
+def test_only_the_score_sees_bfloat16():
+    agent = tiny_agent(score_dtype="bfloat16", policy_q="mean")
+    obs, a = torch.randn(4, 5), torch.randn(4, 7, 2)
+    exact = agent.critic(obs, a)[0].mean(dim=0)
+    assert torch.equal(agent.q_fn(obs, a), exact)
+    score_q = agent.score_q_fn(obs, a)
+    assert score_q.dtype == torch.float32
+    assert torch.equal(score_q, agent.critic(obs, a, torch.bfloat16)[0].mean(dim=0))
+    assert 1e-5 < (score_q - exact).abs().max() < 0.05
+    assert torch.equal(tiny_agent().score_q_fn(obs, a), tiny_agent().q_fn(obs, a))
+    used = []
+    agent.actor_loss = lambda u_fn, q_fn, *rest: used.append(q_fn) or som.actor_loss(u_fn, q_fn, *rest)
+    agent.best_of_n = lambda u_fn, q_fn, *rest: used.append(q_fn) or som.best_of_n(u_fn, q_fn, *rest)
+    agent.update(random_batch(1))
+    assert used == [agent.q_fn, agent.score_q_fn]
 
 
 # velocity
@@ -424,7 +564,7 @@ def test_best_of_n_takes_the_action_of_highest_q():
 
 def tiny_args(**changes):
     sizes = {"hidden_dim": 16, "num_layers": 2, "batch_size": 32, "num_mc_samples": 4, "best_of_n": 3}
-    return som.Args(**(sizes | {"cuda": False, "compile": False} | changes))
+    return som.Args(**(sizes | {"device": "cpu", "compile": False} | changes))
 
 
 def tiny_agent(seed=1, **changes):
@@ -453,6 +593,41 @@ def test_exploration_noise_has_std_noise_scale_times_lambda():
     obs = torch.zeros(20_000, 5)
     assert (agent.act(obs)[0] == 0.2).all()
     assert abs((agent.act(obs, explore=True)[0] - 0.2).std() / 0.08 - 1) < 0.02
+
+
+def test_a_generator_of_its_own_leaves_the_others_alone():
+    agent, obs = tiny_agent(), torch.zeros(4, 5)
+    state = torch.get_rng_state()
+    first, again, other = (agent.act(obs, generator=torch.Generator().manual_seed(seed))[0] for seed in (7, 7, 8))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def odd_boxes():
+    """Bounds (A,) of one dtype each: (15, 30), as in a bug report, round and random numbers, tiny and huge ones."""
+    rng = np.random.default_rng(0)
+    pairs = [(15, 30), (0, 1), (-0.4, 0.4), (0.1, 0.3), (-3, 1e-3), (1, 1 + 2**-10), (-6e4, 6e4), (-1e-7, 2e-7)]
+    pairs += [(low / 10, high / 10) for low in range(-20, 20) for high in range(low + 1, 21, 7)]
+    pairs += np.sort(rng.normal(size=(100, 2)) * 10.0 ** rng.integers(-3, 4, (100, 2))).tolist()
+    for dtype in np.float16, np.float32, np.float64:
+        for low, high in pairs:
+            low, high = np.array([low], dtype), np.array([high], dtype)
+            if low < high:
+                yield gym.spaces.Box(low, high, dtype=dtype)
+    yield gym.spaces.Box(-3.4e38, 3.4e38, (1,))
+
+
+def test_actions_lie_in_their_box_and_have_its_dtype():
+    boxes = list(odd_boxes())
+    assert len(boxes) > 600
+    unit = np.concatenate([np.linspace(-1, 1, 29), [np.nextafter(-1, 0), np.nextafter(1, 0), -1 - 1e-6, 1 + 1e-6]])
+    unit = np.sort(unit).astype(np.float32)[:, None]
+    for box in boxes:
+        actions = som.to_box(unit, box)
+        assert all(box.contains(action) for action in actions), box
+        low, high = box.low.astype(np.float64), box.high.astype(np.float64)
+        resolution = max(np.finfo(box.dtype).eps * max(abs(low), abs(high))[0], np.finfo(box.dtype).tiny)
+        np.testing.assert_allclose(actions, low + (high - low) * (unit.clip(-1, 1) + 1.0) / 2, rtol=0, atol=resolution)
 
 
 # networks
@@ -513,31 +688,91 @@ def id_coded(ids):
     return obs, obs + 1000, actions, 10 * ids, ids % 3 == 0
 
 
-def sampled_ids(buffer, n=4000):
-    batch = buffer.sample(n)
-    ids = batch.obs[:, 0]
-    for column, expected in zip(batch, id_coded(ids.numpy()), strict=True):
-        assert column.dtype == torch.float32 and np.array_equal(column.numpy(), expected)
-    return set(ids.int().tolist())
+class Filled:
+    """A replay buffer that is filled as the loop does it; observations of 3 numbers, actions of 2."""
+
+    def __init__(self, num_envs, **changes):
+        args = tiny_args(num_envs=num_envs, total_timesteps=10_000, **changes)
+        self.rb = som.ReplayBuffer(args, 3, 2, torch.device("cpu"), None, 0)
+        self.rb.rows.fill_(-7.0)  # an unwritten row is then recognised
+        self.num_envs, self.num_added = num_envs, 0
+        self.new_rows = np.zeros((num_envs, self.rb.row_width), np.float32)
+        self.rb.add(torch.from_numpy(self.new_rows))  # before the first step
+
+    def step(self):
+        columns = id_coded(range(self.num_added, self.num_added + self.num_envs))
+        self.rb.pack(self.new_rows, *columns)
+        self.rb.host_rows(self.num_added)[:] = self.new_rows
+        self.num_added += self.num_envs
+
+    def add(self):
+        self.rb.add(torch.from_numpy(self.new_rows))
+
+    def sampled_ids(self, n=4000):
+        batch = self.rb.sample(n)
+        ids = batch.obs[:, 0]
+        for column, expected in zip(batch, id_coded(ids.numpy()), strict=True):
+            assert column.dtype == torch.float32 and np.array_equal(column.numpy(), expected)
+        return ids.int()
 
 
-def test_buffer_keeps_the_latest_rows_whole():
+@pytest.mark.parametrize(("num_envs", "checkpoint_frequency"), [(3, 4), (3, 1), (2, 5), (1, 7)])
+def test_buffer_samples_the_latest_rows_whole_and_keeps_spare_ones(num_envs, checkpoint_frequency):
     torch.manual_seed(1)
-    buffer = som.ReplayBuffer(10, 3, 2, torch.device("cpu"))
-    buffer.rows.fill_(-7.0)  # an unwritten row is then recognised
-    for start in range(0, 36, 3):  # 10 is not a multiple of 3: additions wrap in the middle
-        buffer.add(*id_coded(range(start, start + 3)))
+    # 10 is not a multiple of 3: what is sampled from begins in the middle of a step
+    buffer = Filled(num_envs, buffer_size=10, checkpoint_frequency=checkpoint_frequency)
+    rows = buffer.rb.on_host
+    assert len(rows) % num_envs == 0
+    for _ in range(4 * len(rows) // num_envs):
+        seen = buffer.num_added
+        buffer.step()
+        if seen > 0:  # a step that is not added yet is not sampled
+            assert set(buffer.sampled_ids(500).tolist()) <= set(range(max(0, seen - 10), seen))
+        buffer.add()
+        assert buffer.rb.num_added.item() == buffer.num_added
         # only written rows, the latest 10 of them, and every one: also in the last slot
-        assert sampled_ids(buffer) == set(range(max(0, start + 3 - 10), start + 3))
+        assert set(buffer.sampled_ids().tolist()) == set(range(max(0, buffer.num_added - 10), buffer.num_added))
+        # and as many more are still there as may come after the older of the two checkpoints that are kept
+        kept = range(max(0, buffer.num_added - 10 - 2 * checkpoint_frequency), buffer.num_added)
+        slots = [i % len(rows) for i in kept]
+        obs, next_obs, actions, rewards, terminated = id_coded(kept)
+        np.testing.assert_array_equal(rows[slots, 0:3], obs)
+        np.testing.assert_array_equal(rows[slots, 4:7], next_obs)
+        np.testing.assert_array_equal(rows[slots, 8:10], actions)
+        np.testing.assert_array_equal(rows[slots, 12], rewards)
+        np.testing.assert_array_equal(rows[slots, 16], terminated)
 
 
-def test_buffer_samples_uniformly():
+@pytest.mark.parametrize("num_steps", (3, 4, 17))
+def test_buffer_samples_uniformly(num_steps):
     torch.manual_seed(1)
-    buffer = som.ReplayBuffer(8, 3, 2, torch.device("cpu"))
-    obs, _, actions, rewards, terminated = id_coded(range(8))
-    buffer.add(obs, obs, actions, rewards, terminated)
-    counts = torch.bincount(buffer.sample(16_000).obs[:, 0].int(), minlength=8)
-    assert (counts - 2000).abs().max() < 200  # standard deviation 42
+    buffer = Filled(2, buffer_size=8, checkpoint_frequency=5)
+    for _ in range(num_steps):
+        buffer.step()
+        buffer.add()
+    filled = min(2 * num_steps, 8)
+    ids = buffer.sampled_ids(2000 * filled) - (buffer.num_added - filled)
+    counts = torch.bincount(ids, minlength=filled)
+    assert len(counts) == filled and (counts - 2000).abs().max() < 200  # standard deviation at most 42
+
+
+@pytest.mark.parametrize(("obs_dim", "act_dim"), [(17, 6), (3, 2), (4, 4), (1, 1), (376, 17)])
+def test_columns_of_a_row_are_aligned_and_come_back(obs_dim, act_dim):
+    torch.manual_seed(1)
+    args = tiny_args(num_envs=2, buffer_size=100)
+    rb = som.ReplayBuffer(args, obs_dim, act_dim, torch.device("cpu"), None, 2)
+    assert rb.rows.shape[1] == rb.row_width == sum(rb.padded_widths)
+    assert all(width % 4 == 0 for width in rb.padded_widths)  # 16 bytes
+    rows = np.zeros((2, rb.row_width), np.float32)
+    columns = [np.arange(2 * width, dtype=np.float64).reshape(2, width) + 0.5 for width in (obs_dim, obs_dim, act_dim)]
+    columns += [np.array([1.5, 2.5]), np.array([True, False])]
+    rb.pack(rows, *columns)
+    rb.add(torch.from_numpy(rows))
+    batch = rb.sample(1000)
+    index = (batch.rewards == 2.5).long().numpy()
+    assert set(index) == {0, 1}
+    for column, expected in zip(batch, columns, strict=True):
+        np.testing.assert_array_equal(column.numpy(), expected[index])
 
 
 # losses
@@ -555,7 +790,8 @@ def critic_case(seed=1, n=12):
     return batch, mean, std, target_mean, target_std, randn(n, 2, seed=seed + 15), z
 
 
-def critic_gradients(args, batch, mean, std, target_mean, target_std, next_actions, z, mean_std):
+def critic_gradients(batch, mean, std, target_mean, target_std, next_actions, loss_fn):
+    """Loss, diagnostics and the gradients in mean and std; loss_fn takes two critics, batch and next actions."""
     leaves = [x.clone().requires_grad_() for x in (mean, std, target_mean, target_std)]
 
     def q_dist(obs, a):
@@ -566,11 +802,23 @@ def critic_gradients(args, batch, mean, std, target_mean, target_std, next_actio
         assert torch.equal(obs, batch.next_obs) and torch.equal(a, next_actions.unsqueeze(1))
         return leaves[2], leaves[3]
 
-    loss, info = som.critic_loss(q_dist, target_q_dist, batch, next_actions, z, mean_std, args)
-    assert loss.shape == () and not any(value.requires_grad for value in info.values())
+    loss, *rest, info = loss_fn(q_dist, target_q_dist, batch, next_actions)
+    assert loss.shape == () and not any(value.requires_grad for value in [*rest, *info.values()])
     loss.backward()
     assert leaves[2].grad is None and leaves[3].grad is None  # nothing flows into the target
-    return loss.detach(), info, leaves[0].grad, leaves[1].grad
+    return loss.detach(), rest, leaves[0].grad, leaves[1].grad
+
+
+def mse_loss(args):
+    def loss_fn(q_dist, target_q_dist, batch, next_actions):
+        means = [lambda obs, a, q=q: q(obs, a)[0] for q in (q_dist, target_q_dist)]
+        return som.critic_loss(*means, batch, next_actions, args)
+
+    return loss_fn
+
+
+def distributional_loss(args, z, mean_std):
+    return lambda *inputs: som.distributional_critic_loss(*inputs, z, mean_std, args)
 
 
 def critic_targets(args, batch, target_mean, target_std, z, i):
@@ -585,11 +833,11 @@ def test_distributional_critic_has_dacers_gradients(first):
     args = tiny_args(critic_loss="distributional", gamma=0.9, tau=0.25, reward_scale=0.3)
     batch, mean, std, target_mean, target_std, _, z = case = critic_case()
     mean_std = torch.full((2, 1), math.nan if first else 0.4, dtype=F64)
-    _, info, d_mean, d_std = critic_gradients(args, *case, mean_std)
+    _, (new_mean_std,), d_mean, d_std = critic_gradients(*case[:-1], distributional_loss(args, z, mean_std))
     n, clipped = len(z), 0
     for j in range(2):
         average = std[j].mean() if first else 0.75 * 0.4 + 0.25 * std[j].mean()
-        close(info["mean_std"][j, 0], average)
+        close(new_mean_std[j, 0], average)
         for i in range(n):
             y, y_sample = critic_targets(args, batch, target_mean, target_std, z, i)
             q, s, weight = mean[j, i, 0], std[j, i, 0], average**2 + 0.1
@@ -603,7 +851,7 @@ def test_distributional_critic_has_dacers_gradients(first):
 def test_mse_critic():
     args = tiny_args(critic_loss="mse", gamma=0.9, reward_scale=0.3)
     batch, mean, _, target_mean, target_std, _, z = case = critic_case()
-    loss, _, d_mean, d_std = critic_gradients(args, *case, torch.full((2, 1), math.nan, dtype=F64))
+    loss, _, d_mean, d_std = critic_gradients(*case[:-1], mse_loss(args))
     assert d_std is None
     y = torch.stack([critic_targets(args, batch, target_mean, target_std, z, i)[0] for i in range(len(z))])
     close(loss, ((mean[0, :, 0] - y) ** 2).mean() + ((mean[1, :, 0] - y) ** 2).mean())
@@ -615,8 +863,9 @@ def test_terminated_rows_do_not_bootstrap(kind):
     args = tiny_args(critic_loss=kind)
     batch, mean, std, target_mean, target_std, next_actions, z = critic_case()
     std, mean_std = std + 5, torch.full((2, 1), 100.0, dtype=F64)  # no clipping
+    loss_fn = mse_loss(args) if kind == "mse" else distributional_loss(args, z, mean_std)
     before, after = (
-        critic_gradients(args, batch, mean, std, target_mean + shift, target_std, next_actions, z, mean_std)[2]
+        critic_gradients(batch, mean, std, target_mean + shift, target_std, next_actions, loss_fn)[2]
         for shift in (0.0, 5.0)
     )
     changed = ((after - before).abs() > 1e-6).squeeze(-1)
@@ -666,9 +915,9 @@ def test_actor_loss_is_score_velocity_and_meanflow_in_turn(path, q_norm, policy_
 
 
 def test_targets_follow_the_critics():
-    agent = tiny_agent(tau=0.1, policy_frequency=2)
+    agent = tiny_agent(tau=0.1)
     start, actor_start = copy.deepcopy(agent.target_critic), copy.deepcopy(agent.actor)
-    agent.update(random_batch(1))  # not due yet: neither the targets nor the policy move
+    agent.update(random_batch(1), policy_is_due=False)  # neither the targets nor the policy move
     for network, before in (agent.target_critic, start), (agent.actor, actor_start):
         assert all(torch.equal(x, y) for x, y in zip(network.parameters(), before.parameters(), strict=True))
     agent.update(random_batch(2))
@@ -679,43 +928,99 @@ def test_targets_follow_the_critics():
     assert any(not torch.equal(x, y) for x, y in zip(agent.actor.parameters(), actor_start.parameters(), strict=True))
 
 
-def test_lambda_moves_down_by_the_learning_rate_when_it_is_due():
-    agent = tiny_agent(alpha_delay=2, inverse_temperature=4.0)
+def test_acting_policy_is_a_moving_average():
+    agent = tiny_agent(policy_tau=0.2)
+    start = copy.deepcopy(agent.acting_actor)
+    agent.update(random_batch(1))
+    parameters = agent.acting_actor.parameters(), start.parameters(), agent.actor.parameters()
+    for acting, before, online in zip(*parameters, strict=True):
+        close(acting, 0.8 * before + 0.2 * online, atol=1e-6)
+
+
+def test_lambda_moves_down_by_the_learning_rate():
+    agent = tiny_agent(inverse_temperature=4.0)
     log_lambdas, alphas = [], []
-    for i in range(4):
+    for i in range(3):
         alphas.append(agent.update(random_batch(i))["losses/alpha"].item())
+        agent.update_lambda()
         log_lambdas.append(agent.log_lambda.item())
     # Adam's first steps, under a nearly constant gradient, have the length of its learning rate
-    steps = [math.log(5) - 7e-3 * k for k in (0, 1, 1, 2)]
-    assert log_lambdas == pytest.approx(steps, abs=1e-5)
-    assert alphas == pytest.approx([4.0 / math.exp(x) for x in steps[:1] + steps[:3]], rel=1e-4)
+    steps = [math.log(5) - 7e-3 * k for k in range(4)]
+    assert log_lambdas == pytest.approx(steps[1:], abs=1e-5)
+    assert alphas == pytest.approx([4.0 / math.exp(x) for x in steps[:3]], rel=1e-4)
 
 
 @pytest.mark.parametrize("noise_scale, target_entropy", ((0.1, -0.9), (0.3, -1.5)))
 def test_lambda_settles_at_the_target_entropy(noise_scale, target_entropy):
-    changes = {"alpha_delay": 1, "alpha_lr": 0.05, "policy_frequency": 10**9, "batch_size": 4}
-    agent = tiny_agent(noise_scale=noise_scale, target_entropy=target_entropy, **changes)
-    batch = random_batch(1, 4)
+    agent = tiny_agent(noise_scale=noise_scale, target_entropy=target_entropy, alpha_lr=0.05)
     for _ in range(300):
-        agent.update(batch)
+        agent.update_lambda()
     std = noise_scale * agent.log_lambda.exp().item()
     assert torch.distributions.Normal(0.0, std).entropy().item() == pytest.approx(target_entropy, abs=0.01)
 
 
 def test_lambda_is_one_without_autotune():
-    agent = tiny_agent(autotune=False, alpha_delay=1, inverse_temperature=4.0)
-    assert [agent.update(random_batch(i))["losses/alpha"].item() for i in range(2)] == [4.0, 4.0]
+    agent = tiny_agent(autotune=False, inverse_temperature=4.0)
+    assert agent.update(random_batch(1))["losses/alpha"].item() == 4.0
     assert agent.log_lambda.item() == 0.0
+
+
+# critic loss, reference: what the first edition's networks and lambda were after these updates
+FIRST_EDITION = {
+    ("mse", "uniform"): [0.158314, 0.153541, -12.21777, -12.226357, 1.588441],
+    ("distributional", "prior"): [0.15915, 0.15355, -12.220392, -12.226401, 1.588441],
+}
+
+
+@pytest.mark.parametrize(("critic_loss", "reference"), FIRST_EDITION)
+def test_updates_are_those_of_the_first_edition(critic_loss, reference):
+    agent = tiny_agent(critic_loss=critic_loss, reference=reference)
+    networks = agent.actor, agent.acting_actor, agent.critic, agent.target_critic
+    with torch.no_grad():
+        for network in networks:
+            for i, parameter in enumerate(network.parameters()):
+                parameter.copy_(randn(*parameter.shape, seed=i) / parameter.shape[-2] ** 0.5)
+    torch.manual_seed(2)
+    if critic_loss == "mse":  # the first edition drew the distributional loss's numbers with every loss
+        act = agent.act
+        agent.act = lambda obs: (act(obs), torch.randn(32))[0]
+    for i in range(1, 7):
+        agent.update(random_batch(i), policy_is_due=i % 2 == 0)
+        if i % 2 == 0:
+            agent.update_lambda()
+    vectors = [torch.nn.utils.parameters_to_vector(network.parameters()).double() for network in networks]
+    sums = [(vector * torch.arange(len(vector)).cos()).sum().item() for vector in vectors]
+    assert [*sums, agent.log_lambda.item()] == pytest.approx(FIRST_EDITION[critic_loss, reference], abs=1e-5)
+
+
+def test_updates_leave_each_other_alone():
+    """A step of one loss moves its own networks, and no other loss's gradient is left over."""
+    moved = {}
+    for name in "critic", "actor", "lambda":
+        agent = tiny_agent()
+        agent.update_critic(random_batch(1))
+        agent.update_actor(random_batch(2))
+        agent.update_lambda()
+        agent.mean_std.zero_()  # a NaN differs from itself
+        before = {key: value.clone() for key, value in agent.state_dict().items()}
+        update = getattr(agent, f"update_{name}")
+        update() if name == "lambda" else update(random_batch(3))
+        after = agent.state_dict()
+        moved[name] = {key.split(".")[0] for key in after if not torch.equal(after[key], before[key])}
+    assert moved["critic"] == {"critic"}
+    assert moved["actor"] == {"actor", "acting_actor", "target_critic"}
+    assert moved["lambda"] == {"log_lambda"}
 
 
 def test_compiled_updates_equal_eager_ones():
     # SLOW: the compiler takes its time
-    changes = {"critic_loss": "distributional", "alpha_delay": 1}
+    changes = {"critic_loss": "distributional"}
     agents = [tiny_agent(compile=compile, **changes) for compile in (False, True)]
     for agent in agents:
         torch.manual_seed(2)
         for i in range(3):
             agent.update(random_batch(i))
+            agent.update_lambda()
     modules = [(agent.actor, agent.critic, agent.target_critic) for agent in agents]
     states = [[parameter for network in networks for parameter in network.parameters()] for networks in modules]
     for agent, state in zip(agents, states, strict=True):

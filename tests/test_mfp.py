@@ -18,9 +18,9 @@ import tomllib
 import types
 import typing
 
+import gymnasium as gym
 import numpy as np
 import pytest
-import test_script
 import torch
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -34,7 +34,7 @@ F64 = torch.float64
 B, O, A = 12, 3, 2
 TANGENTS = "marginal", "conditional"
 TINY = (
-    "--no-cuda --no-compile --hidden-dim 16 --best-of-n 3 --batch-size 32 --num-envs 2 --learning-starts 40 "
+    "--device cpu --no-compile --hidden-dim 16 --best-of-n 3 --batch-size 32 --num-envs 2 --learning-starts 40 "
     "--total-timesteps 200 --eval-frequency 100 --buffer-size 1000"
 ).split()
 
@@ -65,7 +65,7 @@ def make_batch(seed=0, dtype=F64):
 
 def make_agent(**changes):
     torch.manual_seed(0)
-    sizes = {"hidden_dim": 16, "num_layers": 2, "best_of_n": 4, "batch_size": B, "cuda": False, "compile": False}
+    sizes = {"hidden_dim": 16, "num_layers": 2, "best_of_n": 4, "batch_size": B, "compile": False}
     return mfp.Agent(mfp.Args(**(sizes | changes)), O, A, torch.device("cpu"))
 
 
@@ -265,7 +265,7 @@ def recorded_update(agent, batch):
 
 
 def test_the_policy_imitates_the_best_of_its_own_actions():
-    agent, batch = make_agent(), make_batch(dtype=torch.float32)
+    agent, batch = make_agent(best_of_n=16), make_batch(dtype=torch.float32)
     before = [parameter.clone() for parameter in agent.actor.parameters()]
     seen = recorded_update(agent, batch)
     close(seen.obs, torch.cat([batch.next_obs, batch.obs]))
@@ -275,21 +275,22 @@ def test_the_policy_imitates_the_best_of_its_own_actions():
     close(seen.next_actions, best[:B], atol=0, rtol=0)
     close(seen.best_actions, best[B:], atol=0, rtol=0)
     assert not torch.equal(best, seen.candidates[rows, seen.twins.mean(dim=0).argmax(dim=1)])
-    assert seen.noise.shape == (2 * B, 4, A) and not seen.best_actions.requires_grad
+    assert seen.noise.shape == (2 * B, 16, A) and not seen.best_actions.requires_grad
     close(seen.info["actions/candidate_std"], seen.candidates.std(dim=1, correction=0).mean())
     # the actor's step leaves the critic as it was, and moves the actor
     close([parameter.detach() for parameter in agent.critic.parameters()], seen.critic_weights, atol=0, rtol=0)
     assert all((a - b).abs().max() > 1e-6 for a, b in zip(agent.actor.parameters(), before, strict=True))
 
 
-def test_policy_frequency_delays_policy_and_targets():
-    agent, batch = make_agent(policy_frequency=2), make_batch(dtype=torch.float32)
+def test_policy_and_targets_move_when_they_are_due():
+    agent, batch = make_agent(), make_batch(dtype=torch.float32)
     start = make_agent()
-    agent.update(batch)
+    info = agent.update(batch, policy_is_due=False)
+    assert "losses/qf_loss" in info and "losses/actor_loss" not in info
     close(agent.actor.state_dict(), start.actor.state_dict(), atol=0, rtol=0)
     close(agent.target_critic.state_dict(), start.critic.state_dict(), atol=0, rtol=0)
     assert not torch.equal(agent.critic.weights[0], start.critic.weights[0])
-    agent.update(batch)
+    assert "losses/actor_loss" in agent.update(batch, policy_is_due=True)
     assert not torch.equal(agent.actor.weights[0], start.actor.weights[0])
     expected = torch.lerp(start.critic.weights[0], agent.critic.weights[0], agent.args.tau)
     close(agent.target_critic.weights[0], expected, atol=1e-7, rtol=0)
@@ -356,48 +357,195 @@ def test_compiled_updates_equal_eager_ones():
         torch.manual_seed(2)
         for i in range(3):
             agent.update(make_batch(i, torch.float32))
-    modules = [(agent.actor, agent.critic, agent.target_critic) for agent in agents]
-    eager, compiled = ([weight for network in networks for weight in network.parameters()] for networks in modules)
+    eager, compiled = ([*agent.parameters()] for agent in agents)
     assert (eager[0] - make_agent().actor.weights[0]).abs().max() > 1e-4  # the updates moved something
     close(compiled, eager, atol=1e-5, rtol=0)
 
 
-# What the two scripts share
-METHOD = {"Args", "QNetwork", "critic_loss", "actor_loss", "Agent", "check_args"}
-
-
-def definitions(path):
-    text = path.read_text()
-    kinds = ast.FunctionDef, ast.ClassDef
-    return {n.name: ast.get_source_segment(text, n) for n in ast.parse(text).body if isinstance(n, kinds)}
+META = torch.device("meta")  # shapes without values: to read one, or to mix devices, is an error
 
 
 @pytest.mark.parametrize("tangent", TANGENTS)
 def test_everything_is_computed_on_the_training_device(tangent):
-    test_script.check_devices(mfp, tangent=tangent)
+    sizes = {"hidden_dim": 16, "best_of_n": 3, "batch_size": 8, "num_envs": 4, "buffer_size": 20}
+    args = mfp.Args(**sizes, compile=False, tangent=tangent)
+    agent = mfp.Agent(args, O, A, META)
+    for optimizer in agent.optimizers.values():
+        optimizer.param_groups[0]["fused"] = False  # the fused one does not know this device
+    rb = mfp.ReplayBuffer(args, O, A, META, None, 0)
+    inbox = torch.zeros(4, rb.row_width + O, device=META)
+    actions = [mfp.add_and_act(agent, rb, inbox) for _ in range(3)][-1]
+    info = mfp.sample_and_update(agent, rb, True)
+    assert "losses/actor_loss" not in mfp.sample_and_update(agent, rb, False)
+    assert "losses/actor_loss" in info and "losses/qf_loss" in info
+    assert {x.device.type for x in (actions, *info.values(), *agent.state_dict().values())} == {"meta"}
+
+
+# The same update by hand: matrix products, autograd and Adam, nothing of the script but its starting weights
+def layers_by_hand(weights, biases, x):
+    for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
+        if i > 0:
+            x = x * 0.5 * (1 + torch.erf(x / 2**0.5))
+        x = x @ w + b
+    return x
+
+
+def twins_by_hand(network, obs, a):
+    """(2, B) of a (B, A)."""
+    x = torch.cat([obs, a], dim=1)
+    half = len(network) // 2
+    twins = [[layer[i] for layer in network] for i in (0, 1)]
+    return torch.stack([layers_by_hand(twin[:half], twin[half:], x).squeeze(1) for twin in twins])
+
+
+def velocity_by_hand(network, obs, a_t, r, t):
+    """u (B, A) of a_t (B, A), r and t (B, 1)."""
+    frequencies = 1 + 2 * torch.arange(8) / 7
+    phase, phase_dt = t * frequencies, (t - r) * frequencies
+    x = torch.cat([obs, a_t, phase.sin(), phase.cos(), phase_dt.sin(), phase_dt.cos()], dim=1)
+    layers = [layer[0] for layer in network]
+    half = len(layers) // 2
+    return layers_by_hand(layers[:half], layers[half:], x)
+
+
+def adam_by_hand(network, loss, moments, step, lr):
+    for i, gradient in enumerate(torch.autograd.grad(loss, network)):
+        mean, square = moments.get(i, (0, 0))
+        mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
+        moments[i] = mean, square
+        change = lr * mean / (1 - 0.9**step) / ((square / (1 - 0.999**step)).sqrt() + 1e-8)
+        network[i] = (network[i] - change).detach().requires_grad_()
+
+
+def best_by_hand(actor, critic, states, noise):
+    """The best of N actions (B, A), by the smaller of the twins, N loop by loop."""
+    zero = torch.zeros(len(states), 1)
+    candidates = [(e - velocity_by_hand(actor, states, e, zero, zero + 1)).clamp(-1, 1) for e in noise.unbind(1)]
+    values = torch.stack([twins_by_hand(critic, states, a).min(dim=0).values for a in candidates])
+    return torch.stack([candidates[k][i] for i, k in enumerate(values.argmax(dim=0).tolist())]).detach()
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(F64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("tangent", TANGENTS)
+def test_updates_by_hand(float64, tangent):
+    agent = make_agent(tangent=tangent, ivc_coef=0.3, zero_r_ratio=0.25, policy_lr=1e-2, q_lr=3e-3)
+    networks = (agent.actor, agent.critic, agent.target_critic)
+    actor, critic, target = ([w.detach().clone().requires_grad_() for w in x.parameters()] for x in networks)
+    actor_moments, critic_moments, policy_step = {}, {}, 0
+    for step, policy_is_due in enumerate([True, False, True], start=1):
+        batch = make_batch(seed=10 * step)
+        torch.manual_seed(step)
+        info = agent.update(batch, policy_is_due)
+
+        torch.manual_seed(step)
+        noise = torch.randn(2 * B, 4, A)
+        best = best_by_hand(actor, critic, torch.cat([batch.next_obs, batch.obs]), noise)
+        next_actions, best_actions = best[:B], best[B:]
+        next_q = twins_by_hand(target, batch.next_obs, next_actions).min(dim=0).values
+        y = (0.2 * batch.rewards + 0.99 * (1 - batch.terminated) * next_q).detach()
+        loss = ((twins_by_hand(critic, batch.obs, batch.actions) - y) ** 2).mean(dim=1).sum()
+        close(info["losses/qf_loss"], loss.detach(), atol=1e-9)
+        adam_by_hand(critic, loss, critic_moments, step, 3e-3)
+        if not policy_is_due:
+            continue
+
+        policy_step += 1
+        uniform, eps = torch.rand(B, 2), torch.randn(B, A)
+        r, t = uniform.min(dim=1, keepdim=True).values, uniform.max(dim=1, keepdim=True).values
+        r[: B // 4] = 0
+        a_t, v = best_actions + t * (eps - best_actions), eps - best_actions
+
+        def u(a_t, r, t, obs=batch.obs):
+            return velocity_by_hand(actor, obs, a_t, r, t)
+
+        along = (u(a_t, t, t).detach() if tangent == "marginal" else v, 0 * r, 1 + 0 * t)
+        u_r, dudt = torch.autograd.functional.jvp(u, (a_t, r, t), along, create_graph=True)
+        mean_flow = ((u_r - (v - (t - r) * dudt).detach()) ** 2).sum(dim=1)
+        constraint = ((u(a_t, t, t) - v) ** 2).sum(dim=1)
+        loss = (mean_flow + 0.3 * constraint).mean()
+        close(info["losses/actor_loss"], loss.detach(), atol=1e-9)
+        adam_by_hand(actor, loss, actor_moments, policy_step, 1e-2)
+        target = [w + 0.005 * (q - w) for w, q in zip(target, critic, strict=True)]
+    for network, by_hand in zip(networks, (actor, critic, target), strict=True):
+        close([w.detach() for w in network.parameters()], [w.detach() for w in by_hand], atol=1e-9)
+    assert (agent.actor.weights[0] - make_agent().actor.weights[0]).abs().max() > 1e-3
+
+
+# What the two scripts share
+SHARED = """make_env make_training_env to_box EnsembleMLP MeanFlowActor sample_r_t best_of_n critic_loss soft_update
+    ReplayBuffer add_and_act sample_and_update CUDAGraph make_policy load_policy evaluate exit_with_error env_dimensions
+    warn check_compiler check_finite writing map_file lock_run write_file save_checkpoint load_checkpoint
+    resumed_args evaluations_until is_due receive_signals""".split()
+DIFFERENT = {"Args", "QNetwork", "actor_loss", "Agent", "check_args"}
+
+
+def definitions(parent, text):
+    """Source of the functions and classes in a module or class, decorators included, by name."""
+    lines = text.splitlines(keepends=True)
+    sources = {}
+    for node in parent.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            sources[node.name] = "".join(lines[first - 1 : node.end_lineno])
+    return sources
+
+
+def both(function):
+    return [function(path.read_text()) for path in (SCRIPT, SOM_SCRIPT)]
 
 
 def test_shared_functions_are_equal_to_the_letter():
-    mine, theirs = definitions(SCRIPT), definitions(SOM_SCRIPT)
-    shared = mine.keys() & theirs.keys()
-    assert shared - METHOD == {
-        "make_env", "EnsembleMLP", "MeanFlowActor", "sample_r_t", "best_of_n", "ReplayBuffer", "evaluate", "fail",
-    }  # fmt: skip
-    assert METHOD <= shared
-    assert mine.keys() - shared == {"linear_path", "mfp_loss"}
-    assert {name for name in shared if mine[name] != theirs[name]} == METHOD
+    mine, theirs = both(lambda text: definitions(ast.parse(text), text))
+    assert mine.keys() & theirs.keys() == {*SHARED} | DIFFERENT
+    assert mine.keys() - theirs.keys() == {"linear_path", "mfp_loss"}
+    assert {name for name in mine.keys() & theirs.keys() if mine[name] != theirs[name]} == DIFFERENT
+    order = [name for name in mine if name in theirs]
+    assert order == [name for name in theirs if name in mine]
+
+
+def test_agents_have_the_same_methods():
+    def methods(text):
+        (agent,) = (node for node in ast.parse(text).body if getattr(node, "name", "") == "Agent")
+        return definitions(agent, text)
+
+    mine, theirs = both(methods)
+    assert [name for name in theirs if name != "update_lambda"] == list(mine)
+    assert mine["descend"] == theirs["descend"]
+    for name in ("__init__", "act", "update", "q_fn"):
+        assert mine[name].split("\n")[0] == theirs[name].split("\n")[0].replace(", hidden_dtype=None", ""), name
+
+
+def test_the_main_blocks_are_equal_but_for_names_and_lambda():
+    mine, theirs = both(lambda text: text[text.index('if __name__ == "__main__":') :])
+    changes = {'project="som"': 'project="mfp"', "agent.acting_actor.": "agent.actor.", ", policy_q=args.policy_q": ""}
+    for words, other in changes.items():
+        assert theirs.count(words) == 1
+        theirs = theirs.replace(words, other)
+    of_lambda = re.compile(r"args\.autotune|agent\.(log_lambda|update_lambda)\b")
+    lines = theirs.splitlines()
+    expected = [line for line in lines if not of_lambda.search(line)]
+    assert mine.splitlines() == expected and len(lines) - len(expected) == 4
 
 
 def test_the_rest_of_the_scripts_is_equal_to_the_letter():
-    texts = [path.read_text() for path in (SCRIPT, SOM_SCRIPT)]
-    headers = [text[: text.index('"""')] for text in texts]
-    assert headers[0] == headers[1]
-    imports = [text[text.index("\nimport copy") : text.index("@dataclass")] for text in texts]
-    assert imports[0] == imports[1] and "Batch = " in imports[0]
-    loops = [text[text.index('if __name__ == "__main__":') :] for text in texts]
-    assert loops[0] == loops[1] and len(loops[0].splitlines()) > 60
-    outlines = [re.findall(r"(?m)^\s*# ((?:ALGO LOGIC|TRY NOT)[^.\n]*)", text) for text in texts]
-    assert outlines[0] == outlines[1]
+    mine, theirs = both(lambda text: text[: text.index('"""')])
+    assert mine == theirs
+    mine, theirs = both(lambda text: text[text.index("\nimport ") : text.index("@dataclass")])
+    assert mine == theirs.replace("som_continuous", "mfp_continuous") and "Batch = " in mine
+    mine, theirs = both(lambda text: re.findall(r"(?m)^\s*# ((?:ALGO LOGIC|TRY NOT)[^\n]*)", text))
+    assert mine == theirs and len(mine) == 8
+
+
+def test_the_preset_is_that_of_som_but_for_the_method():
+    mine, theirs = dict(mfp.LAPTOP), dict(som.LAPTOP)
+    assert (theirs.pop("num_mc_samples"), theirs.pop("autotune")) == (8, False)
+    assert mine.pop("noise_scale") == 0.1 and mine == theirs
 
 
 def test_flags_are_those_of_som_but_for_the_method():
@@ -407,6 +555,11 @@ def test_flags_are_those_of_som_but_for_the_method():
     assert differing == {"exp_name", "learning_starts", "zero_r_ratio", "noise_scale"}
     order = [name for name in theirs if name in mine]
     assert order == [name for name in mine if name in theirs]
+    comment = re.compile(r"(?m)^    (\w+): [^\n]*?  (# [^\n]*)")
+    mine, theirs = both(lambda text: dict(comment.findall(text[: text.index("LAPTOP")])))
+    assert mine.keys() == {field.name for field in dataclasses.fields(mfp.Args)}
+    described = {name for name in mine.keys() & theirs.keys() if mine[name] != theirs[name]}
+    assert described == {"best_of_n", "zero_r_ratio", "noise_scale"}
 
 
 def test_every_field_is_read_and_every_default_has_its_type():
@@ -416,8 +569,11 @@ def test_every_field_is_read_and_every_default_has_its_type():
     for field in dataclasses.fields(mfp.Args):
         assert field.name in read, f"{field.name} has no reader"
         hint = hints[field.name]
+        optional = [x for x in typing.get_args(hint) if typing.get_origin(x) is typing.Literal]
         if typing.get_origin(hint) is typing.Literal:
             assert field.default in typing.get_args(hint)
+        elif optional:
+            assert field.default is None
         else:
             assert isinstance(field.default, hint), field.name
             assert type(field.default) in (hint, type(None)), field.name
@@ -431,10 +587,6 @@ def test_defaults_are_table_3():
     assert args.ivc_coef == 1 and args.noise_scale == 0
 
 
-def test_script_is_short_enough_to_be_read():
-    assert len(SCRIPT.read_text().splitlines()) <= 500
-
-
 def test_inline_metadata_equals_that_of_som():
     blocks = [
         re.search(r"(?m)^# /// script\n((?:#.*\n)+?)# ///$", path.read_text()).group(1) for path in (SCRIPT, SOM_SCRIPT)
@@ -444,10 +596,10 @@ def test_inline_metadata_equals_that_of_som():
 
 
 # The script as a user runs it
-def run_loop(monkeypatch, folder, *flags):
+def run_loop(monkeypatch, folder, *flags, tiny=TINY):
     """Run the script as __main__ in this process; returns its variables."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *TINY, *flags])
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *tiny, *flags])
     return types.SimpleNamespace(**runpy.run_path(str(SCRIPT), run_name="__main__"))
 
 
@@ -495,7 +647,34 @@ def test_every_variant_trains(monkeypatch, tmp_path, flags):
     logged = scalars(run.run_folder)
     assert all(math.isfinite(event.value) for events in logged.values() for event in events)
     assert "losses/actor_loss" in logged
-    assert run.agent.num_updates == 80 * run.args.updates_per_step
+    # learning begins in the step after learning_starts; each of the two optimizers has counted
+    assert run.num_updates == 80 * run.args.updates_per_step
+    taken = {name: int(x.state_dict()["state"][0]["step"]) for name, x in run.agent.optimizers.items()}
+    assert taken == {"critic": run.num_updates, "actor": run.num_updates // run.args.policy_frequency}
+
+
+def test_preset_and_load_policy(monkeypatch, tmp_path):
+    flags = "--preset laptop --env-id Pendulum-v1 --learning-starts 40 --total-timesteps 80 --num-episodes 2"
+    run = run_loop(monkeypatch, tmp_path, *flags.split(), tiny=())
+    config = json.loads((run.run_folder / "config.json").read_text())
+    overridden = {"learning_starts": 40, "total_timesteps": 80}
+    assert {name: config[name] for name in mfp.LAPTOP} == mfp.LAPTOP | overridden
+
+    policy = mfp.load_policy(run.run_folder)
+    env = gym.make("Pendulum-v1")
+    observation, _ = env.reset(seed=0)
+    obs, zero = torch.as_tensor(observation).unsqueeze(0), torch.zeros(1, 16, 1)
+    torch.manual_seed(3)
+    noise = torch.randn(1, 16, 1)
+    with torch.no_grad():
+        candidates = (noise - run.agent.actor(obs, noise, zero, zero + 1)).clamp(-1, 1)
+        best = candidates[0, run.agent.critic(obs, candidates).amin(dim=0).argmax()]
+    torch.manual_seed(3)
+    action = policy(observation)
+    np.testing.assert_allclose(action, 2 * best.numpy(), rtol=1e-6)  # its actions are torques in [-2, 2]
+    env.step(action)
+    batch = policy(np.stack([observation, observation]))
+    assert batch.shape == (2, 1) and batch.dtype == env.action_space.dtype and np.abs(batch).max() <= 2
 
 
 BAD_NUMBERS = {
@@ -532,19 +711,18 @@ def test_every_number_has_a_bad_value_above():
     ("flags", "words"),
     [
         ("--env-id Walker3d-v4", "Did you mean: `Walker2d`"),
-        ("--env-id CartPole-v1", "supported are flat continuous"),
-        ("--env-id Pusher-v4", "Pusher-v5"),
+        ("--env-id CartPole-v1", "supported are flat vectors"),
+        ("--env-id Pusher-v4", "use Pusher-v5"),
         ("--env-id Pendulum-v1 --learning-starts 199", "--learning-starts"),
-        ("--env-id Pendulum-v1 --track", "pip install wandb"),
-        ("--env-id Walker2d-v4 --capture-video", "pip install moviepy"),
-        ("--env-id Pendulum-v1 --cuda", "--no-cuda"),
+        ("--env-id Pendulum-v1 --buffer-size 1", "--num-envs"),
+        ("--env-id Pendulum-v1 --track", "needs wandb"),
+        ("--env-id Walker2d-v4 --capture-video", "needs moviepy"),
+        ("--env-id Pendulum-v1 --device gpu", "finds no GPU"),
     ],
 )
 def test_bad_input_is_refused(monkeypatch, tmp_path, capsys, flags, words):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
-    monkeypatch.setattr("gymnasium.Env.render", lambda env: None)
-    monkeypatch.setattr("gymnasium.Wrapper.render", lambda env: None)
     assert words in refused(monkeypatch, tmp_path, capsys, *flags.split())
 
 

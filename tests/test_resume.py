@@ -1,6 +1,7 @@
 """Runs that survive: resumed, killed, stopped, damaged and poisoned, in both PyTorch scripts."""
 
 import csv
+import fcntl
 import json
 import pathlib
 import random
@@ -22,8 +23,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPTS = ROOT / "som_continuous_action.py", ROOT / "mfp_continuous_action.py"
 TINY = (
-    "--no-cuda --no-compile --hidden-dim 16 --best-of-n 3 --batch-size 32 --num-envs 2 --learning-starts 40 "
-    "--total-timesteps 120 --eval-frequency 20 --buffer-size 90 --checkpoint-frequency 64"
+    "--device cpu --no-compile --hidden-dim 16 --best-of-n 3 --batch-size 32 --num-envs 2 --learning-starts 40 "
+    "--total-timesteps 120 --eval-frequency 20 --buffer-size 90 --checkpoint-frequency 64 --num-episodes 2"
 ).split()
 
 
@@ -62,21 +63,40 @@ class ClockEnv(WalkEnv):
         return np.array([self.t, *action]), *others
 
 
-gym.register("Clock-v0", ClockEnv, disable_env_checker=True)
+class StepsEnv(WalkEnv):
+    """Its observations are (episode seed, steps of this environment so far, 1): every row tells which it is."""
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.first = seed % 1000 if seed is not None else self.first
+        return np.array([self.first, self.total, 1]), {}
+
+    def step(self, action):
+        _, reward, *others = super().step(action)
+        return np.array([self.first, self.total, 1]), reward, *others
+
+
+for name, env in {"Clock-v0": ClockEnv, "Steps-v0": StepsEnv}.items():
+    gym.register(name, env, disable_env_checker=True, max_episode_steps=100)
 for name, what in {"Walk-v0": "", "WalkToo-v0": "", "PoisonedReward-v0": "reward"}.items():
-    gym.register(name, WalkEnv, kwargs={"what": what}, disable_env_checker=True)
+    gym.register(name, WalkEnv, kwargs={"what": what}, disable_env_checker=True, max_episode_steps=100)
 # an observation in the middle and one at the end of an episode
 for name, poisoned in {"PoisonedObservation-v0": 28, "PoisonedLast-v0": 30}.items():
-    gym.register(name, WalkEnv, kwargs={"what": "observation", "poisoned": poisoned}, disable_env_checker=True)
+    gym.register(
+        name,
+        WalkEnv,
+        kwargs={"what": "observation", "poisoned": poisoned},
+        disable_env_checker=True,
+        max_episode_steps=100,
+    )
 
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """The script, run in this process, takes over SIGINT, SIGTERM and uncaught exceptions."""
-    before, hook = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], sys.excepthook
+    """The script, run in this process, takes over SIGINT and SIGTERM."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
-    sys.excepthook = hook
-    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+    for number, handler in before.items():
         signal.signal(number, handler)
 
 
@@ -87,10 +107,18 @@ def script(request):
 
 def run_main(folder, script, *flags):
     """Runs the script as __main__ in this process; returns its variables."""
+    locked, flock = [], fcntl.flock
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, "argv", [str(script), *flags])
-        return types.SimpleNamespace(**runpy.run_path(str(script), run_name="__main__"))
+        patch.setattr(fcntl, "flock", lambda file, operation: (locked.append(file), flock(file, operation)))
+        try:
+            run = types.SimpleNamespace(**runpy.run_path(str(script), run_name="__main__"))
+            run.writer.close()
+        finally:
+            for file in locked:  # as at the end of a process
+                file.close()
+    return run
 
 
 @pytest.fixture
@@ -132,44 +160,61 @@ def weights(agent):
     return {name: tensor.clone() for name, tensor in agent.state_dict().items()}
 
 
+def contents(folder):
+    """The files of a run; the lock has nothing in it."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != "lock"}
+
+
+def error_line(capsys, stop, code):
+    message = capsys.readouterr().err.strip()
+    assert stop.value.code == code and message.startswith("error: ") and len(message.splitlines()) == 1
+    return message
+
+
 def refused(run_loop, capsys, *flags):
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         run_loop(*flags)
-    message = capsys.readouterr().err.strip()
-    assert stop.value.code == 2 and message.startswith("error: ") and len(message.splitlines()) == 1
-    return message
+    return error_line(capsys, stop, 2)
+
+
+def sampled_rows(run):
+    """The rows that a run samples from, the oldest first."""
+    last = range(max(0, run.num_added - run.rb.size), run.num_added)
+    return run.rb.on_host[[i % len(run.rb.on_host) for i in last]]
 
 
 def test_n_steps_a_resume_and_m_steps_are_bit_equal_to_n_plus_m(run_loop):
     # episodes begin alike, and none is cut by the checkpoint at 60: the resumed run has nothing that is new
-    flags = "--env-id", "Clock-v0", "--checkpoint-frequency", "60"
+    flags = "--env-id", "Clock-v0", "--checkpoint-frequency", "20", "--total-timesteps", "180"
     whole = run_loop(*TINY, *flags)
-    first = run_loop(*TINY, *flags, "--total-timesteps", "60")
+    first = run_loop(*TINY, *flags, "--total-timesteps", "100")
     before = weights(first.agent)
     torch.manual_seed(12345)
-    again = run_loop("--resume", str(first.run_folder), "--total-timesteps", "120")
+    again = run_loop("--resume", str(first.run_folder), "--total-timesteps", "180")
     assert again.run_folder.samefile(first.run_folder) and again.agent is not first.agent
-    assert again.agent.num_updates == whole.agent.num_updates == 40 > first.agent.num_updates
+    assert again.num_updates == whole.num_updates == 70 > first.num_updates
     torch.testing.assert_close(weights(again.agent), weights(whole.agent), rtol=0, atol=0, equal_nan=True)
     assert any(not torch.equal(before[name], tensor) for name, tensor in weights(again.agent).items())
-    moments, expected = (run.agent.optimizer.state_dict()["state"] for run in (again, whole))
-    torch.testing.assert_close(moments, expected, rtol=0, atol=0)
-    assert again.rb.num_added == whole.rb.num_added == 120 > len(whole.rb.rows) == 90  # the ring is full
-    torch.testing.assert_close(again.rb.rows, whole.rb.rows, rtol=0, atol=0)
-    rows = [[line.split(",")[:4] for line in run.evaluations.splitlines()] for run in (again, whole)]
-    assert rows[0] == rows[1] and len(rows[0]) == 7
+    for name, optimizer in again.agent.optimizers.items():
+        moments, expected = optimizer.state_dict()["state"], whole.agent.optimizers[name].state_dict()["state"]
+        torch.testing.assert_close(moments, expected, rtol=0, atol=0)
+    assert again.num_added == whole.num_added == 180 > len(whole.rb.rows) > 90  # the ring is full
+    np.testing.assert_array_equal(sampled_rows(again), sampled_rows(whole))
+    assert len(sampled_rows(whole)) == 90
+    rows = [[line.split(",")[:4] for line in run.evaluations] for run in (again, whole)]
+    assert rows[0] == rows[1] and len(rows[0]) == 10
 
 
 def test_a_resumed_run_continues_its_curves(run_loop, finished):
     times = dict(evaluations(finished))
     first = scalars(finished)
-    checkpoints(finished)[-1].unlink()  # as if killed after the last evaluation, before its checkpoint was there
+    checkpoints(finished)[-1].unlink()  # what is later than the checkpoint at 100 is done again
     (path,) = checkpoints(finished)
     step = int(path.stem.split("_")[1])
-    assert step == 64
+    assert step == 100
     run = run_loop("--resume", str(finished), "--total-timesteps", "200")
-    assert run.steps[0] == 66 and run.run_folder.samefile(finished)
+    assert run.steps[0] == 102 and run.run_folder.samefile(finished)
     rows = evaluations(finished)
     assert [row for row, _ in rows] == list(range(20, 201, 20))  # no gap and no doubled row
     assert [time for _, time in rows] == sorted(time for _, time in rows)
@@ -181,19 +226,53 @@ def test_a_resumed_run_continues_its_curves(run_loop, finished):
         assert [e for e in events if e[0] <= step] == [e for e in first.get(tag, []) if e[0] <= step]
     episodes = [event for event, _ in logged["charts/episodic_return"]]
     # two environments, episodes of 5 vector steps; those that ran at the checkpoint are not continued
-    assert episodes == [s for s in (*range(10, 61, 10), *range(74, 201, 10)) for _ in range(2)]
+    assert episodes == [s for s in range(10, 201, 10) for _ in range(2)]
     config = json.loads((finished / "config.json").read_text())
     assert config["total_timesteps"] == 200 and config["resume"] is None and config["num_envs"] == 2
     assert config["script"] in {script.name for script in SCRIPTS}
     assert [int(path.stem.split("_")[1]) for path in checkpoints(finished)] == [192, 200]
 
 
-def test_a_resumed_run_sees_the_episodes_that_come_next(run_loop, finished):
-    """The environments' generators go on where they were: nothing is drawn twice."""
-    path = sorted(finished.glob("checkpoint_*.pt"))[-1]
-    generators = [np.random.default_rng() for _ in range(2)]
-    for generator, state in zip(generators, torch.load(path, weights_only=True)["env_generators"], strict=True):
-        generator.bit_generator.state = state
+@pytest.mark.parametrize("step", [100, 120])
+def test_an_evaluation_that_a_kill_prevented_is_made_up_for(run_loop, finished, step):
+    """Its checkpoint was there. At the end of the run too, which else has no result."""
+    for path in checkpoints(finished):
+        if int(path.stem.split("_")[1]) > step:
+            path.unlink()
+    file = finished / "evaluations.csv"
+    before = file.read_text().splitlines()
+    file.write_text("\n".join(line for line in before if not line.startswith(f"{step},")))
+    run = run_loop("--resume", str(finished))
+    after = file.read_text().splitlines()
+    assert [row for row, _ in evaluations(finished)] == list(range(20, 121, 20))
+    at_step = [[line.split(",")[:4] for line in lines if line.startswith(f"{step},")] for lines in (before, after)]
+    assert at_step[0] == at_step[1] and len(at_step[0]) == 1  # with the result that it would have had
+    assert run.start_step == step
+    assert sorted({event for event, _ in scalars(finished)["charts/eval_return"]}) == list(range(20, 121, 20))
+
+
+@pytest.mark.parametrize("name", ["evaluations.csv", "config.json"])
+def test_a_file_is_whole_at_every_moment(run_loop, finished, monkeypatch, capsys, name):
+    """A write that is cut short, by a kill or a full disk, leaves what was there."""
+    before = (finished / name).read_text()
+    write = pathlib.Path.write_bytes
+
+    def write_half(self, data):
+        if not self.name.startswith(name.split(".")[0]):
+            return write(self, data)
+        write(self, bytes(data)[: len(data) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "write_bytes", write_half)
+    monkeypatch.setattr(pathlib.Path, "write_text", lambda self, text: write_half(self, text.encode()))
+    with pytest.raises(SystemExit) as stop:
+        run_loop("--resume", str(finished), *MORE)
+    assert "No space left" in error_line(capsys, stop, 1)
+    assert (finished / name).read_text() == before
+
+
+def test_a_resumed_run_sees_new_episodes(run_loop, finished):
+    """Their seeds are functions of seed and step: nothing is drawn twice, and always the same."""
     firsts, reset = [], WalkEnv.reset
 
     def record(self, *, seed=None, options=None):
@@ -201,30 +280,41 @@ def test_a_resumed_run_sees_the_episodes_that_come_next(run_loop, finished):
         return obs, {}
 
     WalkEnv.reset = record
+    seen = []
     try:
-        run_loop("--resume", str(finished), "--total-timesteps", "130")
-        again, firsts = firsts[:2], []
-        run_loop(*TINY, "--env-id", "Walk-v0", "--total-timesteps", "44")
+        copy = shutil.copytree(finished, finished.parent / "copy")
+        for flags in (["--resume", str(finished)], ["--resume", str(copy)], [*TINY, "--env-id", "Walk-v0"]):
+            firsts.clear()
+            run = run_loop(*flags, "--total-timesteps", "130", "--num-episodes", "1")
+            seen.append([tuple(obs) for obs in firsts])
+            assert run.global_step == 130
     finally:
         WalkEnv.reset = reset
-    assert again == [generator.standard_normal(3).tolist() for generator in generators]
-    assert again[0] != again[1] and not {tuple(x) for x in again} & {tuple(x) for x in firsts}
+    again, copied, new = seen
+    assert again == copied and len(set(again[:2])) == 2
+    training = [obs for obs in again if obs != new[-1]]  # without that of the evaluation
+    assert not set(training) & set(new)
 
 
 def test_a_run_moves_between_devices(run_loop, finished, capsys):
-    """The state of a GPU's generator, of 16 bytes, is of no use on the CPU: random numbers begin anew."""
+    """What a GPU's run has written goes on on the CPU."""
     path = sorted(finished.glob("checkpoint_*.pt"))[-1]
     checkpoint = torch.load(path, weights_only=True)
-    torch.save(checkpoint | {"args": checkpoint["args"] | {"cuda": True}, "generator": torch.zeros(16).byte()}, path)
+    for optimizer in checkpoint["optimizers"].values():
+        optimizer["param_groups"][0]["capturable"] = True
+    of_gpu = {"args": checkpoint["args"] | {"device": "gpu"}, "gpu_generator": torch.zeros(16).byte()}
+    torch.save(checkpoint | of_gpu, path)
     if not torch.cuda.is_available():
-        assert "use --no-cuda" in refused(run_loop, capsys, "--resume", str(finished), *MORE)
-    run = run_loop("--resume", str(finished), "--no-cuda", *MORE)
-    assert run.first_step == 120 and run.global_step == 200
-    assert not torch.load(checkpoints(finished)[-1], weights_only=True)["args"]["cuda"]
+        assert "--device gpu" in refused(run_loop, capsys, "--resume", str(finished), *MORE)
+    run = run_loop("--resume", str(finished), "--device", "cpu", *MORE)
+    assert run.start_step == 120 and run.global_step == 200
+    last = torch.load(checkpoints(finished)[-1], weights_only=True)
+    assert last["args"]["device"] == "cpu" and last["gpu_generator"] is None
+    assert not last["optimizers"]["actor"]["param_groups"][0]["capturable"]
 
 
 def test_evaluate_prints_the_returns_and_changes_nothing(run_loop, finished, capsys):
-    before = {path.name: path.read_bytes() for path in finished.iterdir()}
+    before = contents(finished)
     printed = []
     for _ in range(2):
         capsys.readouterr()
@@ -237,7 +327,7 @@ def test_evaluate_prints_the_returns_and_changes_nothing(run_loop, finished, cap
     returns = json.loads(episodes)
     assert len(returns) == 3
     assert head == f"return {np.mean(returns):.1f} +- {np.std(returns):.1f}" or len(head.split()) == 4
-    assert before == {path.name: path.read_bytes() for path in finished.iterdir()}
+    assert before == contents(finished)
 
 
 def truncate(path):
@@ -264,8 +354,8 @@ DAMAGES = {
     "text": lambda path: path.write_text("no checkpoint\n" * 100),
     "pickle": lambda path: torch.save({"format": print}, path),
     "foreign": lambda path: torch.save({"weights": torch.ones(3)}, path),
-    "older": change(format="som_continuous_action.py, checkpoints of version 1"),
-    "newer": change(format="som_continuous_action.py, checkpoints of version 3"),
+    "older": change(format="som_continuous_action.py, checkpoints of version 2"),
+    "newer": change(format="som_continuous_action.py, checkpoints of version 4"),
     "other script": change(format="ppo_continuous_action.py, checkpoints of version 1"),
 }
 
@@ -281,80 +371,79 @@ def test_a_bad_checkpoint_is_refused_and_the_one_before_it_named(run_loop, finis
             assert f"{last} cannot be used" in message and message.endswith(f"the newest good one is {before}")
     truncate(before)
     message = refused(run_loop, capsys, "--resume", str(finished))
-    assert f"{before} cannot be used" in message and message.endswith("is None")
+    assert f"{before} cannot be used" in message and message.endswith("there is no good one")
     before.write_bytes(good)
     run = run_loop("--resume", str(before), "--total-timesteps", "130")
-    assert run.steps[0] == 66 and run.run_folder.samefile(finished)
+    assert run.steps[0] == 102 and run.run_folder.samefile(finished)
 
 
 def test_what_cannot_change_is_refused(run_loop, finished, capsys):
-    files = {path.name: path.read_bytes() for path in finished.iterdir()}
+    files = contents(finished)
     for flag, value in {
         "--env-id": "WalkToo-v0", "--hidden-dim": "32", "--num-layers": "2", "--seed": "2", "--num-envs": "3",
         "--buffer-size": "100", "--num-frequencies": "3", "--policy-lr": "1", "--q-lr": "1",
+        "--checkpoint-frequency": "100", "--preset": "laptop",
     }.items():  # fmt: skip
         message = refused(run_loop, capsys, "--resume", str(finished), "--total-timesteps", "200", flag, value)
         assert flag in message and "cannot change" in message
     assert "No such file" in refused(run_loop, capsys, "--resume", "runs/nowhere")
-    assert files == {path.name: path.read_bytes() for path in finished.iterdir()}
+    assert not pathlib.Path("runs/nowhere").exists()
+    assert files == contents(finished)
 
 
 def test_a_lost_replay_buffer_is_refused_and_can_be_left_behind(run_loop, finished, capsys):
-    file, row = finished / "replay_buffer.bin", 4 * (3 + 3 + 2 + 1 + 1)
-    assert file.stat().st_size == 90 * row
-    file.write_bytes(file.read_bytes()[:-1])
-    assert f"{file} is missing or too short" in refused(run_loop, capsys, "--resume", str(finished), *MORE)
+    file, row = finished / "replay_buffer.bin", 4 * 5 * 4  # five columns of at most 4 numbers
+    assert 120 * row <= file.stat().st_size <= 130 * row
+    file.write_bytes(file.read_bytes()[: 120 * row - 1])
+    assert f"{file} is missing or short" in refused(run_loop, capsys, "--resume", str(finished), *MORE)
     file.unlink()
     assert "--no-checkpoint-buffer" in refused(run_loop, capsys, "--resume", str(finished), *MORE)
     assert not file.exists()
     run = run_loop("--resume", str(finished), *MORE, "--no-checkpoint-buffer")
-    assert run.rb.num_added == 80 and run.agent.num_updates == 40 + 20 and not file.exists()
+    assert run.num_added == 80 and run.num_updates == 40 + 20 and not file.exists()
 
 
 def test_without_its_buffer_a_resumed_run_fills_it_anew_before_it_learns(run_loop, monkeypatch):
     run = run_loop(*TINY, "--env-id", "Walk-v0", "--no-checkpoint-buffer")
-    assert run.rb.num_added == 120 and run.agent.num_updates == 40
+    assert run.num_added == 120 and run.num_updates == 40
     assert not (run.run_folder / "replay_buffer.bin").exists()
     seen = weights(run.agent)
     again = run_loop("--resume", str(run.run_folder), "--total-timesteps", "160")
     # learning_starts steps, of the policy's own actions, and not one update
-    assert again.rb.num_added == 40 and again.agent.num_updates == 40
+    assert again.num_added == 40 and again.num_updates == 40
     torch.testing.assert_close(weights(again.agent), seen, rtol=0, atol=0, equal_nan=True)
     again = run_loop("--resume", str(run.run_folder), "--total-timesteps", "220", "--checkpoint-buffer")
-    assert again.rb.num_added == 60 and again.agent.num_updates == 50
+    assert again.num_added == 60 and again.num_updates == 50
     file = run.run_folder / "replay_buffer.bin"
     again = run_loop("--resume", str(run.run_folder), "--total-timesteps", "222")  # now it has been kept
-    assert again.rb.num_added == 62 and again.agent.num_updates == 51 and file.exists()
+    assert again.num_added == 62 and again.num_updates == 51 and file.exists()
     assert again.rb.rows[:62].abs().sum(dim=1).all()
 
 
 def test_a_finished_run_says_so(run_loop, finished, capsys):
-    before = {path.name: path.read_bytes() for path in finished.iterdir()}
+    before = contents(finished)
     with pytest.raises(SystemExit) as stop:
         run_loop("--resume", str(finished))
     assert not stop.value.code
     (line,) = capsys.readouterr().out.splitlines()
     assert f"{finished} is finished at step 120" in line and "--total-timesteps MORE" in line
-    assert before == {path.name: path.read_bytes() for path in finished.iterdir()}
+    assert before == contents(finished)
 
 
 def unwritable(run_loop, capsys, *flags):
-    with pytest.raises(OSError) as error:
-        run_loop(*flags)
     capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:  # what the interpreter does with it
-        sys.excepthook(error.type, error.value, error.tb)
-    message = capsys.readouterr().err.strip()
-    assert stop.value.code == 1 and message.startswith("error: ") and len(message.splitlines()) == 1
-    return message
+    with pytest.raises(SystemExit) as stop:
+        run_loop(*flags)
+    return error_line(capsys, stop, 1)
 
 
 def test_a_folder_that_cannot_be_written_is_named(run_loop, finished, capsys):
-    files = {path.name: path.read_bytes() for path in finished.iterdir() if path.name != "config.json"}
     (finished / "config.json").unlink()
+    files = contents(finished)
     (finished / "config.json").mkdir()  # cannot be written, by root neither
     assert str(finished) in unwritable(run_loop, capsys, "--resume", str(finished), *MORE)
-    assert files == {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()}
+    left = contents(finished)
+    assert all(left[name] == data for name, data in files.items() if name != "replay_buffer.bin")
     shutil.rmtree("runs")
     pathlib.Path("runs").write_text("a file")
     assert "Not a directory: 'runs/Walk" in unwritable(run_loop, capsys, *TINY, "--env-id", "Walk-v0")
@@ -363,9 +452,9 @@ def test_a_folder_that_cannot_be_written_is_named(run_loop, finished, capsys):
 def test_two_runs_never_share_a_folder(run_loop, monkeypatch, capsys):
     monkeypatch.setattr(time, "time_ns", lambda: 17)
     name = run_loop(*TINY, "--env-id", "Walk-v0", "--total-timesteps", "44").run_folder
-    files = {path.name: path.read_bytes() for path in name.iterdir()}
+    files = contents(name)
     assert "File exists" in unwritable(run_loop, capsys, *TINY, "--env-id", "Walk-v0")
-    assert files == {path.name: path.read_bytes() for path in name.iterdir()}
+    assert files == contents(name)
 
 
 def poison(monkeypatch):
@@ -393,13 +482,14 @@ def test_what_is_not_finite_never_reaches_a_checkpoint(run_loop, monkeypatch, tm
     message = capsys.readouterr().err.strip().splitlines()[-1]
     (folder,) = (tmp_path / "runs").iterdir()
     assert stop.value.code == 1 and what.split()[-1] in message and "seed 1" in message
-    # Adam steps twice from 42 on: its 10th step is in the 5th
+    # Adam steps twice in each step from 42 on: its 10th step is in the 5th of these
     step = {"reward": 60, "observation": 56, "last observation": 60, "weight": 50}[what]
     assert f"not finite at step {step}" in message and str(folder.name) in message
     path = checkpoints(folder)[-1]
     assert path.name == f"checkpoint_{step - 2:010d}.pt"
     agent = torch.load(path, weights_only=True)["agent"]
-    assert all(tensor.isfinite().all() for name, tensor in agent.items())
+    # mean_std is NaN before the first update of the distributional loss
+    assert all(tensor.isfinite().all() for name, tensor in agent.items() if name != "mean_std")
 
 
 # The real script, killed
@@ -440,13 +530,54 @@ def test_a_killed_run_always_goes_on(tmp_path, seed, moments):
         assert process.wait() == -signal.SIGKILL
         (folder,) = (tmp_path / "runs").iterdir()
         last = checkpoints(folder)[-1]  # whatever the moment was, it can be read
-        step = torch.load(last, weights_only=True)["progress"][0]
+        step = torch.load(last, weights_only=True)["global_step"]
         assert last.name == f"checkpoint_{step:010d}.pt"
         known = {path.name for path in checkpoints(folder)}
         flags = ["--resume", str(folder)]
     run = run_main(tmp_path, script, *flags, "--total-timesteps", str(step + 60))
     assert run.steps[0] == step + 2 and checkpoints(folder)[-1].name == f"checkpoint_{step + 60:010d}.pt"
     assert evaluations(folder)[-1][0] == step + 60
+
+
+KILLED = """
+import os, runpy, signal, sys
+sys.path.insert(0, {tests!r})
+from test_resume import StepsEnv
+
+step = StepsEnv.step
+
+def step_or_die(self, action):
+    if self.total == {step}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, action)
+
+StepsEnv.step = step_or_die
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_run_killed_with_a_full_ring_goes_on_with_exactly_its_rows(script, tmp_path):
+    """The rows of both checkpoints are those of an uninterrupted run of the same seed."""
+    flags = [*TINY, "--env-id", "Steps-v0", "--checkpoint-frequency", "30", "--eval-frequency", "1000"]
+    # just before the next checkpoint, when most has been overwritten
+    code = KILLED.format(tests=str(ROOT / "tests"), step=238 // 2)
+    code = f"import sys; sys.argv[0] = {str(script)!r}\n{code}"
+    killed = [sys.executable, "-W", "ignore", "-c", code, *flags, "--total-timesteps", "400"]
+    assert subprocess.run(killed, cwd=tmp_path, capture_output=True).returncode == -signal.SIGKILL
+    (folder,) = (tmp_path / "runs").iterdir()
+    whole = run_main(tmp_path, script, *flags, "--total-timesteps", "240")
+    older, newer = checkpoints(folder)
+    for path, step in (newer, 210), (older, 180):
+        assert path.name == f"checkpoint_{step:010d}.pt"
+        copy = shutil.copytree(folder, folder.parent / f"copy{step}")
+        flags = "--resume", str(copy / path.name), "--total-timesteps", str(step + 2)
+        run = run_main(tmp_path, script, *flags)
+        assert run.num_added == step + 2 > len(run.rb.on_host)  # the ring is full
+        counted = range(step - 90, step)
+        rows, expected = (r.rb.on_host[[i % len(r.rb.on_host) for i in counted]] for r in (run, whole))
+        np.testing.assert_array_equal(rows, expected)
+        # the last update was on these rows alone, whose second number tells their step
+        assert set(run.rb.sample(3000).obs[:, :2].unique(dim=0)[:, 1].int().tolist()) == {i // 2 for i in counted}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
@@ -471,10 +602,13 @@ def test_a_full_disk_ends_the_run_with_a_clear_line(tmp_path):
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (4000, 4000))  # no file can grow beyond it
     assert process.wait(60) == 1
     (folder,) = (tmp_path / "runs").iterdir()
-    message = (tmp_path / "errors").read_text().strip().splitlines()[-1]
-    assert message.startswith("error: ") and "File too large" in message and f"--resume runs/{folder.name}" in message
+    errors = [line for line in (tmp_path / "errors").read_text().splitlines() if "warning" not in line and line]
+    assert len(errors) == 1
+    (message,) = errors
+    assert message.startswith("error: ") and "File too large" in message and folder.name in message
+    assert "make room" in message
     path = checkpoints(folder)[-1]
-    step = torch.load(path, weights_only=True)["progress"][0]
+    step = torch.load(path, weights_only=True)["global_step"]
     assert path.name == f"checkpoint_{step:010d}.pt"
     run = run_main(tmp_path, SCRIPTS[0], "--resume", str(folder), "--total-timesteps", str(step + 60))
     assert run.steps[0] == step + 2 and checkpoints(folder)[-1].name == f"checkpoint_{step + 60:010d}.pt"
