@@ -1,8 +1,10 @@
 """Runs of the JAX script that survive: resumed, killed, stopped, damaged and poisoned."""
 
 import csv
+import functools
 import json
 import math
+import pathlib
 import random
 import shutil
 import signal
@@ -15,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from test_jax import SCRIPT, TINY, SeededEnv, pair, run_loop, scalars, stored  # noqa: F401
 
 import som_continuous_action_jax as somx
@@ -366,12 +369,22 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch, c
     assert not list(tmp_path.rglob("replay_buffer.bin"))
 
 
-def test_the_curves_survive_an_error(tmp_path):
-    """The environment's own error is told as it is."""
+def test_the_curves_survive_an_error(tmp_path, monkeypatch):
+    """The environment's own error is told as it is. What waits to be written is written as the process ends."""
+    closed, close = [], EventFileWriter.close
+
+    @functools.wraps(close)
+    def close_and_tell(writer):
+        closed.append(pathlib.Path(writer.get_logdir()).name)
+        close(writer)
+
+    monkeypatch.setattr(EventFileWriter, "close", close_and_tell)
     PoisonedEnv.made = 0
     with pytest.raises(ZeroDivisionError):
         run_loop(tmp_path, *TINY, "--env-id", "PoisonedSeedError-v0", "--num-seeds", "2")
-    for folder in (tmp_path / "runs").iterdir():  # the 13th step of both environments: three episodes each
+    folders = sorted((tmp_path / "runs").iterdir())
+    assert sorted(closed) == [folder.name for folder in folders]
+    for folder in folders:  # the 13th step of both environments: three episodes each
         assert [step for step, _ in scalars(folder)["charts/episodic_return"]] == [8, 8, 16, 16, 24, 24]
 
 
