@@ -1,4 +1,4 @@
-"""The numbers of the 2D bandit in the README: som_bandit_2d.py on the eight Gaussians, three seeds of every setting.
+"""The numbers of docs/bandit.md: som_bandit_2d.py on the eight Gaussians, three seeds of every setting.
 
     python benchmark/bandit.py --out runs/bandit --csv benchmark/results/bandit.csv
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import tyro
 
 ROOT = Path(__file__).parents[1]
-PAGES = ROOT / "README.md", ROOT / "docs" / "som.md"
+PAGES = ROOT / "README.md", ROOT / "docs" / "som.md", ROOT / "docs" / "bandit.md"
 NOT_SHOWN = "--exp-name", "--env-id", "--seed", "--save-model"  # in the table's own flags
 COLUMNS = (
     "script setting env_id seed global_step return_mean return_std num_updates wall_time_s "

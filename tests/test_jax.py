@@ -327,13 +327,13 @@ def test_score_with_hidden_layers_in_bfloat16():
     theirs = unit(som.estimate_score(q_fn_t, obs_t, a_t, *torch.tensor([[0.9], [0.4]]), eps_t, 5.0)[0])
     exact, ours, naive = score(jnp.float32), score(jnp.bfloat16), score(jnp.bfloat16, jnp.bfloat16)
     errors = [np.sqrt(np.square(x - exact).sum(axis=1).mean()) for x in (ours, naive, theirs)]
-    print(
-        errors,
-        np.sqrt(np.square(theirs - ours).sum(axis=1).mean()),
-        critic(obs_t, torch.tensor(np.asarray(a[:, None] + 0.4 * eps)))[0].mean(0).std(1).mean(),
-    )
     assert 0 < errors[0] < 0.1 and errors[1] > 3 * errors[0]
     assert np.sqrt(np.square(theirs - ours).sum(axis=1).mean()) < 0.5 * errors[0]
+    # the products with the state, with the action and of two more hidden layers; the last one
+    q = jax.make_jaxpr(partial(somx.q_network, hidden_dtype=jnp.bfloat16))(to_jax(critic), obs, eps)
+    products = [line for line in str(q).splitlines() if "dot_general" in line]
+    assert ["bf16" if ":bf16[" in line else "f32" for line in products] == 4 * ["bf16"] + ["f32"]
+    assert {x.dtype for x in q.out_avals} == {jnp.dtype("float32")}
 
 
 def test_the_ring_and_its_newest_rows():
@@ -435,8 +435,6 @@ def test_updates_are_those_of_the_pytorch_agent(monkeypatch, variant):
         parts = jax.tree.map(lambda x: x[0], getattr(state, name)), to_jax(getattr(agent, name))
         close(*parts, 4e-3 if rounded else 5e-5)
         for x, y in zip(*map(jax.tree.leaves, parts), strict=True):
-            if rounded:
-                print(name, np.abs(x - y).mean())
             assert np.abs(x - y).mean() < 1e-4
     close([state.log_lambda[0], state.mean_std[0]], [agent.log_lambda, agent.mean_std])
     assert info_x.keys() == info.keys()
@@ -620,6 +618,7 @@ def test_a_loaded_policy_is_the_runs(pair):
         assert (float(last["return_mean"]), float(last["return_std"])) == (returns.mean(), returns.std())
         many = somx.load_policy(folder, best_of_n=64)  # another choice among more candidates
         assert not np.array_equal(many(obs[0]), somx.load_policy(folder)(obs[0]))
+        assert not np.array_equal(many(obs[0]), many(obs[0]))  # nor is its noise the same again
     checkpoint = pair.folders[0] / "checkpoint_0000000192.npz"
     assert somx.load_policy(checkpoint)(obs[0]).shape == (7, 1)
     with pytest.raises(ValueError, match="cannot be used"):
