@@ -910,8 +910,9 @@ def find_run(path):
     if any(path.glob("checkpoint_*.npz")) or not config_file.exists():
         return path, 0
     config = json.loads(config_file.read_text())
-    folder = path.resolve().with_name(config.get("first_folder", path.name))
-    return folder, config["seed"] - config.get("first_seed", config["seed"])
+    if "first_folder" not in config:  # of another script
+        return path, 0
+    return path.resolve().with_name(config["first_folder"]), config["seed"] - config["first_seed"]
 
 
 def load_checkpoint(path):

@@ -1,7 +1,6 @@
 """Environments and machines as people have them: each test is a fault that a run once had."""
 
 import errno
-import gc
 import os
 import pathlib
 import re
@@ -58,6 +57,7 @@ class ToyEnv(gym.Env):
 
 
 def register(name, env, **changes):
+    gym.registry.pop(name, None)  # of another test
     gym.register(name, env, disable_env_checker=True, **({"max_episode_steps": 100} | changes))
 
 
@@ -67,7 +67,6 @@ def run(script, tmp_path):  # noqa: F811
 
     def run_env(env_id, *flags):
         ToyEnv.instances.clear()
-        gc.collect()
         return run_main(tmp_path, script, *TINY, "--env-id", env_id, *flags)
 
     return run_env
@@ -443,8 +442,7 @@ def test_an_empty_name_is_refused(run, tmp_path, capsys, flag):
 
 
 def test_a_run_is_written_by_one_process(tmp_path, capsys):
-    script = SCRIPTS[1]
-    resume = partial(run_main, tmp_path, script, "--resume")
+    resume = partial(run_main, tmp_path, SCRIPTS[1], "--resume")
     flags = (
         "--env-id",
         "Pendulum-v1",
@@ -455,8 +453,8 @@ def test_a_run_is_written_by_one_process(tmp_path, capsys):
         "--buffer-size",
         "500",
     )
-    folder = run_main(tmp_path, script, *TINY, *flags).run_folder
-    process = in_a_process(script, tmp_path, "--resume", str(folder), "--total-timesteps", "100000000")
+    folder = run_main(tmp_path, SCRIPTS[1], *TINY, *flags).run_folder
+    process = in_a_process(SCRIPTS[1], tmp_path, "--resume", str(folder), "--total-timesteps", "100000000")
     last = checkpoints(tmp_path / folder)[-1]
     wait_until(lambda: checkpoints(tmp_path / folder)[-1] > last, process, tmp_path)
     try:

@@ -429,6 +429,8 @@ def test_updates_are_those_of_the_pytorch_agent(monkeypatch, variant):
         if number % 2 == 0:
             agent.update_lambda()
             state = update_lambda(state)
+    jaxpr = jax.make_jaxpr(partial(somx.sample_and_update, args=args_x, widths=widths, policy_is_due=True))
+    assert ("bf16" in str(jaxpr(*jax.tree.map(lambda x: x[0], (state, ring))))) == (variant == "bfloat16")
     # in bfloat16 the roundings differ, and Adam makes whole steps where a gradient is nearly zero
     rounded = variant == "bfloat16"
     for name in names:

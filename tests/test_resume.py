@@ -388,6 +388,9 @@ def test_what_cannot_change_is_refused(run_loop, finished, capsys):
         assert flag in message and "cannot change" in message
     assert "No such file" in refused(run_loop, capsys, "--resume", "runs/nowhere")
     assert not pathlib.Path("runs/nowhere").exists()
+    pathlib.Path("not a run").mkdir()
+    assert "has no checkpoint" in refused(run_loop, capsys, "--resume", "not a run")
+    assert not any(pathlib.Path("not a run").iterdir())
     assert files == contents(finished)
 
 

@@ -352,6 +352,15 @@ def test_the_actors_tags_are_at_every_logged_step(monkeypatch, tmp_path):
         assert [event.step for event in logged[tag]] == steps
 
 
+def test_policy_and_lambda_are_updated_when_they_are_due(monkeypatch, tmp_path):
+    flags = "--policy-frequency", "3", "--alpha-delay", "20"
+    run = run_loop(monkeypatch, tmp_path, "--env-id", "Truncates-v0", *flags)
+    states = {name: optimizer.state.values() for name, optimizer in run.agent.optimizers.items()}
+    steps = {name: {state["step"].item() for state in values} for name, values in states.items()}
+    assert steps == {"critic": {80}, "actor": {80 // 3}, "lambda": {80 // 20}}
+    assert run.agent.log_lambda.item() == pytest.approx(math.log(5) - 4 * 7e-3, abs=1e-5)
+
+
 PRESET = {
     "num_layers": 3, "hidden_dim": 64, "num_mc_samples": 8, "best_of_n": 16, "batch_size": 128, "policy_lr": 1e-3,
     "q_lr": 1e-3, "num_envs": 4, "learning_starts": 5000, "autotune": False, "total_timesteps": 200_000,
