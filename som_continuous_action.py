@@ -139,8 +139,8 @@ def to_box(actions, box):
     """Actions in [-1, 1]^A as actions of an environment, never outside its box, of its dtype."""
     low = box.low.astype(np.float64)
     high = box.high.astype(np.float64)
-    scaled = low + (high - low) * (np.clip(actions, -1, 1) + 1) / 2
-    return np.clip(scaled, low, high).astype(box.dtype)
+    share = (np.clip(actions, -1, 1).astype(np.float64) + 1) / 2  # of the way from low to high
+    return np.clip(low * (1 - share) + high * share, low, high).astype(box.dtype)
 
 
 # ALGO LOGIC: initialize agent here
@@ -724,9 +724,7 @@ def check_compiler(device):
 def check_finite(place, **arrays):
     """Stop before a NaN, or what float32 makes infinite, reaches the replay buffer or a file."""
     for name, values in arrays.items():
-        with np.errstate(over="ignore"):
-            values = np.asarray(values).astype(np.float32)
-        if not np.isfinite(values).all():
+        if not np.isfinite(np.asarray(values).astype(np.float32)).all():
             exit_with_error(f"the {name.replace('_', ' ')} is not finite {place}", code=1)
 
 
@@ -870,6 +868,7 @@ if __name__ == "__main__":
         args = resumed_args(checkpoint)
         start_step = checkpoint["global_step"]
     check_args(args)
+    np.seterr(over="ignore")  # check_finite tells of numbers that float32 does not hold
     obs_dim, act_dim, box = env_dimensions(args)
 
     # TRY NOT TO MODIFY: seeding. A resumed run begins new episodes, with seeds of their own
@@ -1062,6 +1061,7 @@ if __name__ == "__main__":
         if evaluation_due and not received_signals:
             evaluate_at(global_step)
         if saving and received_signals:
+            envs.close()
             message = f"stopped at step {global_step}; go on with --resume {run_folder}"
             exit_with_error(message, code=128 + received_signals[0])
 

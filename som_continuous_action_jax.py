@@ -148,8 +148,8 @@ def to_box(actions, box):
     """Actions in [-1, 1]^A as actions of an environment, never outside its box, of its dtype."""
     low = box.low.astype(np.float64)
     high = box.high.astype(np.float64)
-    scaled = low + (high - low) * (np.clip(actions, -1, 1) + 1) / 2
-    return np.clip(scaled, low, high).astype(box.dtype)
+    share = (np.clip(actions, -1, 1).astype(np.float64) + 1) / 2  # of the way from low to high
+    return np.clip(low * (1 - share) + high * share, low, high).astype(box.dtype)
 
 
 # ALGO LOGIC: initialize agent here
@@ -820,9 +820,7 @@ def warn(message):
 def check_finite(place, **arrays):
     """Stop before a NaN, or what float32 makes infinite, reaches the replay buffer or a file."""
     for name, values in arrays.items():
-        with np.errstate(over="ignore"):
-            values = np.asarray(values).astype(np.float32)
-        if not np.isfinite(values).all():
+        if not np.isfinite(np.asarray(values).astype(np.float32)).all():
             exit_with_error(f"the {name.replace('_', ' ')} is not finite {place}", code=1)
 
 
@@ -1010,6 +1008,7 @@ if __name__ == "__main__":
         jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_default_matmul_precision", MATMUL_PRECISIONS[args.matmul_precision])
     check_args(args)
+    np.seterr(over="ignore")  # check_finite tells of numbers that float32 does not hold
     obs_dim, act_dim, box = env_dimensions(args)
     device = jax.default_backend()  # "cpu" or "gpu"
 
@@ -1207,6 +1206,7 @@ if __name__ == "__main__":
             for k in range(args.num_seeds):
                 evaluate_at(global_step, k)
         if saving and received_signals:
+            envs.close()
             message = f"stopped at step {global_step}; go on with --resume {run_folder}"
             exit_with_error(message, code=128 + received_signals[0])
 

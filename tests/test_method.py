@@ -627,7 +627,9 @@ def test_actions_lie_in_their_box_and_have_its_dtype():
         assert all(box.contains(action) for action in actions), box
         low, high = box.low.astype(np.float64), box.high.astype(np.float64)
         resolution = max(np.finfo(box.dtype).eps * max(abs(low), abs(high))[0], np.finfo(box.dtype).tiny)
-        np.testing.assert_allclose(actions, low + (high - low) * (unit.clip(-1, 1) + 1.0) / 2, rtol=0, atol=resolution)
+        np.testing.assert_allclose(
+            actions, low + (high - low) * (unit.astype(np.float64).clip(-1, 1) + 1) / 2, rtol=0, atol=resolution
+        )
 
 
 # networks

@@ -350,6 +350,7 @@ def test_a_candidate_spread_of_its_own_best_narrows():
     assert (candidates.mean(dim=(0, 1)) - 0.5).abs().max() < 0.15
 
 
+@pytest.mark.slow  # a minute; the compiled functions that SOM shares are compared in test_method.py
 def test_compiled_updates_equal_eager_ones():
     # SLOW: the compiler takes its time
     agents = [make_agent(compile=compile) for compile in (False, True)]

@@ -61,7 +61,7 @@ class ClockEnv(SeededEnv):
         return np.zeros(3), info
 
 
-gym.register("Clock-v0", ClockEnv, disable_env_checker=True, max_episode_steps=100)
+gym.register("ClockJax-v0", ClockEnv, disable_env_checker=True, max_episode_steps=100)
 for what in "reward", "observation", "last observation", "error":
     name = f"PoisonedSeed{what.title().replace(' ', '')}-v0"
     gym.register(name, PoisonedEnv, kwargs={"what": what}, disable_env_checker=True, max_episode_steps=100)
@@ -116,7 +116,7 @@ def no_steps(monkeypatch):
 
 def test_n_steps_a_signal_a_resume_and_m_steps_are_bit_equal_to_n_plus_m(tmp_path, capsys):
     # episodes of two environments last four steps and begin alike: the resumed run has nothing that is new
-    flags = [*TINY, "--env-id", "Clock-v0", "--num-seeds", "2", "--eval-frequency", "1000"]
+    flags = [*TINY, "--env-id", "ClockJax-v0", "--num-seeds", "2", "--eval-frequency", "1000"]
     whole = run_loop(tmp_path, *flags)
     ClockEnv.stop_at = 4 * 52 - 1  # in step 104, two environments of two seeds
     with pytest.raises(SystemExit) as stop:
