@@ -80,7 +80,7 @@ class Args:
     updates_per_step: int = 1  # critic updates per step of all environments
     policy_frequency: int = 1  # critic updates per policy update  # differs from the paper: 2
     gamma: float = 0.99  # discount factor
-    tau: float = 0.005  # rate of the moving averages of the critics, per policy update
+    tau: float = 0.005  # rate of the critics' moving averages; they move with the policy
     reward_scale: float = 0.2  # factor on the reward
     policy_lr: float = 1e-4  # learning rate of the policy
     q_lr: float = 1e-4  # learning rate of the critics
@@ -194,7 +194,8 @@ def sample_r_t(uniform, zero_r_ratio=0.0):
     """Uniform numbers (B, 2) as times r <= t, each (B, 1) (Algorithm 1); r = 0 in a share of them."""
     r = uniform.amin(dim=1, keepdim=True)
     t = uniform.amax(dim=1, keepdim=True)
-    row = torch.arange(len(r), device=r.device).unsqueeze(1)  # the rows are in no order
+    row = torch.arange(len(r), device=r.device).unsqueeze(1)
+    # the batch was drawn at random: its first rows will do
     return r * (row >= zero_r_ratio * len(r)), t
 
 
@@ -359,6 +360,7 @@ class ReplayBuffer:
         self.padded_widths = [4 * math.ceil(width / 4) for width in self.widths]
         self.row_width = sum(self.padded_widths)
         num_rows = min(args.buffer_size + 2 * args.checkpoint_frequency, args.total_timesteps)
+        # the cap is for short runs, which never come round: a longer one keeps their slots
         num_steps = math.ceil(num_rows / args.num_envs) + 2  # checkpoints can be a step late
         num_rows = num_steps * args.num_envs
         if file is None:
@@ -366,8 +368,8 @@ class ReplayBuffer:
         else:
             self.on_host = map_file(file, (num_rows, self.row_width), num_added)
         self.rows = torch.from_numpy(self.on_host).to(device)  # on the CPU the same memory
-        # add() comes before every step, the first one too: it then writes the last step again or, in a
-        # new run, zeros before the first slot
+        # one step behind the host's: add() comes before every step, the first one too, and then writes
+        # the last step again or, in a new run, zeros before the first slot
         self.num_added = torch.tensor(num_added - args.num_envs, device=device)
         self.order = torch.arange(args.num_envs, device=device)
 
@@ -426,7 +428,8 @@ class CUDAGraph:
             return self.function()
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+            stream = torch.cuda.current_stream()  # of the plain calls
+            with torch.cuda.graph(self.graph, stream=stream):
                 self.result = self.function()  # recorded, not executed
         self.graph.replay()
         return self.result  # the same memory every time
@@ -520,7 +523,7 @@ def env_dimensions(args):
     rendering = {"render_mode": "rgb_array"} if args.capture_video else {}  # not every one takes a mode
     try:
         env = gym.make(args.env_id, **rendering)
-    except (gym.error.Error, ImportError) as error:  # of an unknown id, gymnasium names the nearest
+    except (gym.error.Error, ImportError) as error:  # gymnasium's message names the nearest id
         hint = "ids of other packages: module:Env-v0"
         if args.env_id == "Pusher-v4":
             hint = "use Pusher-v5"
@@ -628,7 +631,10 @@ def save_checkpoint(path, state):
 
 
 def load_checkpoint(path):
-    """The newest checkpoint of a run, or one named itself. ValueError if it cannot be used."""
+    """The newest checkpoint of a run, or one named itself.
+
+    ValueError if it cannot be used, even if an older one can: the message names that one.
+    """
     paths = sorted(path.glob("checkpoint_*.pt"), reverse=True) if path.is_dir() else [path]
     errors = "" if paths else f"{path} has no checkpoint; "
     for path in paths:
@@ -695,13 +701,15 @@ if __name__ == "__main__":
     run_folder = Path("runs", run_name.replace("/", "_"))
     checkpoint = None
     start_step = 0
-    if args.resume == "" or args.evaluate == "" or None not in (args.resume, args.evaluate):
+    both = args.resume is not None and args.evaluate is not None
+    if both or args.resume == "" or args.evaluate == "":
         exit_with_error("give the folder of a run, to --resume or to --evaluate")
     source = args.resume or args.evaluate
     if source is not None:
         run_folder = Path(source) if Path(source).is_dir() else Path(source).parent
-        if args.resume is not None and any(run_folder.glob("checkpoint_*.pt")):
-            lock = lock_run(run_folder)
+        if args.resume is not None and (Path(source).is_file() or any(run_folder.glob("checkpoint_*.pt"))):
+            with writing(run_folder):
+                lock = lock_run(run_folder)  # for as long as this variable lives
         try:
             checkpoint = load_checkpoint(Path(source))
         except ValueError as error:
@@ -751,7 +759,7 @@ if __name__ == "__main__":
         agent.load_state_dict(checkpoint["agent"])
         for name, optimizer in agent.optimizers.items():
             optimizer.load_state_dict(checkpoint["optimizers"][name])
-            optimizer.param_groups[0]["capturable"] = on_gpu  # it was loaded as well
+            optimizer.param_groups[0]["capturable"] = on_gpu  # the run may come from another device
         torch.set_rng_state(checkpoint["cpu_generator"])
         if on_gpu and checkpoint["gpu_generator"] is not None:
             torch.cuda.set_rng_state(checkpoint["gpu_generator"])
@@ -807,6 +815,8 @@ if __name__ == "__main__":
 
     if evaluation_missing:
         evaluate_at(start_step)
+        if received_signals:
+            exit_with_error(f"stopped; go on with --resume {run_folder}", 128 + received_signals[0])
 
     # TRY NOT TO MODIFY: start the game
     thunks = args.num_envs * [partial(make_training_env, args.env_id)]
@@ -826,7 +836,7 @@ if __name__ == "__main__":
         if on_gpu:
             actions_sent = torch.cuda.current_stream().record_event()
 
-        # ALGO LOGIC: training. A GPU does it while the environments step, on the transitions before
+        # ALGO LOGIC: training. A GPU does it while the environments step, on all transitions before
         learning = num_added >= max(args.learning_starts, 1)
         if learning:
             for _ in range(args.updates_per_step):
@@ -853,7 +863,7 @@ if __name__ == "__main__":
         check_finite(place, action=actions, reward=rewards, observation=[obs, next_obs])
         check_finite(place, last_observation=real_next_obs)
         rb.pack(new_rows, obs, real_next_obs, actions, rewards, terminated)
-        rb.host_rows(num_added)[:] = new_rows
+        rb.host_rows(num_added)[:] = new_rows  # to the device they go with the next inbox
         num_added += args.num_envs
         obs = next_obs
 
@@ -897,13 +907,14 @@ if __name__ == "__main__":
                 writer.flush()
         if evaluation_due and not received_signals:
             evaluate_at(global_step)
-        if saving and received_signals:
+        if saving and received_signals:  # a later signal waits for the next step's checkpoint
             envs.close()
             message = f"stopped at step {global_step}; go on with --resume {run_folder}"
             exit_with_error(message, code=128 + received_signals[0])
 
     if args.save_model:
         networks = {"actor": agent.actor.state_dict(), "critic": agent.critic.state_dict()}
-        with writing(run_folder):
-            torch.save(networks | {"config": config}, run_folder / "model.pt")
+        data = io.BytesIO()
+        torch.save(networks | {"config": config}, data)
+        write_file(run_folder / "model.pt", data.getbuffer())
     envs.close()

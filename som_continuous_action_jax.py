@@ -784,7 +784,7 @@ def env_dimensions(args):
     rendering = {"render_mode": "rgb_array"} if args.capture_video else {}  # not every one takes a mode
     try:
         env = gym.make(args.env_id, **rendering)
-    except (gym.error.Error, ImportError) as error:  # of an unknown id, gymnasium names the nearest
+    except (gym.error.Error, ImportError) as error:  # gymnasium's message names the nearest id
         hint = "ids of other packages: module:Env-v0"
         if args.env_id == "Pusher-v4":
             hint = "use Pusher-v5"
