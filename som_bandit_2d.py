@@ -247,7 +247,7 @@ def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q
         if reference == "uniform":
             center = a_t / mu
             std = sigma / mu
-        else:  # N(a_0; 0, I) N(a_t; mu a_0, sigma^2 I) as a Gaussian in a_0: complete the square
+        else:  # N(a_0; 0, I) N(a_t; mu a_0, sigma^2 I) is N(a_t; 0, I) N(a_0; mu a_t, sigma^2 I)
             center = mu * a_t
             std = sigma
         a_0 = center.unsqueeze(1) + std.unsqueeze(1) * eps  # (B, K, A)
@@ -263,7 +263,7 @@ def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q
     with torch.no_grad():
         score, logits = torch.func.grad(log_sum_exp, has_aux=True)(a_t)
     if reference == "prior":
-        score = score - a_t
+        score = score - a_t  # of N(a_t; 0, I)
     return score, logits
 
 
@@ -306,7 +306,8 @@ def sample_r_t(uniform, zero_r_ratio=0.0):
     """Uniform numbers (B, 2) as times r <= t, each (B, 1) (Algorithm 1); r = 0 in a share of them."""
     r = uniform.amin(dim=1, keepdim=True)
     t = uniform.amax(dim=1, keepdim=True)
-    row = torch.arange(len(r), device=r.device).unsqueeze(1)  # the rows are in no order
+    row = torch.arange(len(r), device=r.device).unsqueeze(1)
+    # the batch was drawn at random: its first rows will do
     return r * (row >= zero_r_ratio * len(r)), t
 
 

@@ -16,6 +16,7 @@ The policy turns noise into an action with ONE network evaluation. The field it 
     actor     ||u(a_t, r, t, s) - stopgrad(u_tgt)||^2, a_t = mu a_0 + sigma eps, (s, a_0) from the replay buffer
 
 Conventions: t = 1 is noise, t = 0 is the action, 0 <= r <= t <= 1. Inside the learner actions live in [-1, 1]^A.
+Acting starts from N(0, I), though mu(1) = 0.76 with the default beta: what the paper leaves open, see docs/som.md.
 alpha is an INVERSE temperature: p_0(a|s) is proportional to exp(alpha Q(s, a)).
 Shapes: B states, N actions in each of them, A coordinates: (B, N, A). Twins come first: (2, B, N).
 All functions are written for one seed; --num-seeds S trains S of them side by side, and the main block adds the axis.
