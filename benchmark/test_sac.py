@@ -72,7 +72,7 @@ def test_the_defaults_are_those_of_the_preset():
         ("--env-id CartPole-v1", "has actions Discrete"),
         (
             "--env-id HalfCheetah-v5 --total-timesteps 5000",
-            "must be at least --learning-starts + --num-envs",
+            "must be larger, by --num-envs or more",
         ),
     ],
 )
