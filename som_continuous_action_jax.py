@@ -89,7 +89,7 @@ class Args:
     updates_per_step: int = 1  # critic updates per step of all environments
     policy_frequency: int = 1  # critic updates per policy update  # differs from the paper: 2
     gamma: float = 0.99  # discount factor
-    tau: float = 0.005  # rate of the moving averages of the critics, per policy update
+    tau: float = 0.005  # rate of the critics' moving averages; they move with the policy
     policy_tau: float = 0.005  # of the policy that acts  # differs from the paper: none
     reward_scale: float = 0.2  # factor on the reward
     policy_lr: float = 1e-4  # learning rate of the policy
