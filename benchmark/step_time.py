@@ -12,8 +12,8 @@ PyTorch on a CPU always waits.
 All timings are taken in turn, round by round, so that they share the machine; what counts are their ratios: to the
 update's matrix products alone, and to the first edition of the PyTorch script, which needs a checkout of it:
 
-    git worktree add /tmp/first 775835a
-    python benchmark/step_time.py --first-edition /tmp/first
+    git worktree add ../first 775835a
+    python benchmark/step_time.py --first-edition ../first
 """
 
 import importlib.util
