@@ -75,7 +75,7 @@ class Args:
     policy_tau: float = 0.005  # rate of the moving average of the policy that acts
     noise_scale: float = 0.1  # std of the exploration noise
     zero_r_ratio: float = 0.5  # share of r = 0 in a batch, as in acting
-    reference: Literal["uniform", "prior"] = "prior"  # p_0 ~ exp(alpha Q) as in the paper, or N(0, I) exp(alpha Q)
+    reference: Literal["uniform", "prior", "box"] = "prior"  # of p_0 ~ exp(alpha Q): 1 (the paper), N(0, I), the box
     inverse_temperature: float = 10.0  # alpha
     num_mc_samples: int = 128  # Monte-Carlo samples of the score (K)
     estimator: Literal["mixed", "gradient"] = "mixed"  # mix_score; # differs from the paper: gradient
@@ -234,13 +234,21 @@ def cosine_schedule(t):
     return torch.cos(angle), torch.sin(angle), -0.5 * beta, beta
 
 
+def normalise(q, q_norm):
+    """Q (B, K) divided by one number: its std over B and K ("batch"), the mean of its stds over K ("state")."""
+    if q_norm == "batch":
+        return q / (q.std().detach() + 1e-6)
+    if q_norm == "state":
+        return q / (q.std(dim=1).mean().detach() + 1e-6)
+    return q
+
+
 def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q_norm=None, clip=True):
     """Monte-Carlo score grad log p_t(a_t|s) (B, A) (Eq 4, 5), and its samples' logits alpha Q (B, K).
 
     q_fn: (B, O), (B, K, A) -> (B, K). a_t: (B, A). mu, sigma: (B, 1). eps: (B, K, A) normal.
     reference: p_0 ~ exp(alpha Q) ("uniform") or N(0, I) exp(alpha Q) ("prior", beyond the paper).
-    q_norm: divide Q by one number, its std over B and K ("batch") or the mean of its stds over K ("state").
-    clip: evaluate Q inside [-1, 1]^A only, where it was trained; the gradient outside is zero.
+    q_norm: as in normalise. clip: evaluate Q inside [-1, 1]^A only, where it was trained; the gradient outside is zero.
     """
 
     def log_sum_exp(a_t):
@@ -252,11 +260,7 @@ def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q
             std = sigma
         a_0 = center.unsqueeze(1) + std.unsqueeze(1) * eps  # (B, K, A)
         q = q_fn(obs, a_0.clamp(-1, 1) if clip else a_0)  # (B, K)
-        if q_norm == "batch":
-            q = q / (q.std().detach() + 1e-6)
-        elif q_norm == "state":
-            q = q / (q.std(dim=1).mean().detach() + 1e-6)
-        logits = alpha * q
+        logits = alpha * normalise(q, q_norm)
         return torch.logsumexp(logits, dim=1).sum(), logits
 
     # func.grad differentiates under no_grad too, which only avoids a graph to the critic's weights
@@ -284,6 +288,49 @@ def mix_score(score, logits, a_t, mu, sigma, eps, reference, local_var):
         total_var = sigma.square() + local_var
         second = mu * sigma / total_var * eps_mean - sigma.square() / total_var * a_t
     return (1 - sigma.square() / total_var) * score + second
+
+
+def truncated_normal(eps, mean, std, half_width=1.0):
+    """Standard normal eps (B, K, A) as samples of N(mean, std^2) inside the box; mean: (B, A), std: (B, 1)."""
+
+    def cdf_of(x):
+        return 0.5 * torch.special.erfc(-x / math.sqrt(2))  # torch.special.ndtr is 0 below -6
+
+    low = ((-half_width - mean) / std).unsqueeze(1)  # (B, 1, A)
+    high = ((half_width - mean) / std).unsqueeze(1)
+    # floats are exact near a probability of 0, not of 1: mirror what lies in the upper tail
+    sign = torch.where(low > 0, -1.0, 1.0)
+    lower = torch.minimum(sign * low, sign * high)
+    upper = torch.maximum(sign * low, sign * high)
+    cdf = cdf_of(lower) + cdf_of(sign * eps) * (cdf_of(upper) - cdf_of(lower))  # (B, K, A)
+    z = torch.special.ndtri(cdf.clamp(1e-37, 1 - 1e-7))
+    z = sign * torch.minimum(torch.maximum(z, lower), upper)
+    return (mean.unsqueeze(1) + std.unsqueeze(1) * z).clamp(-half_width, half_width)
+
+
+def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_width=1.0, local_variance=0.1):
+    """As estimate_score, for p_0 ~ exp(alpha Q) inside the box and 0 outside (beyond the paper).
+
+    By Tweedie's formula the score is (mu m - a_t) / sigma^2, where m, inside the box, is the mean of a_0
+    given a_t: it is bounded at any alpha. The weighted mean of the samples sees distant modes, and serves
+    while they are spread. Close to t = 0 its error is theirs, and the slope of Q serves.
+    """
+    a_0 = truncated_normal(eps, a_t / mu, sigma / mu, half_width)  # (B, K, A)
+
+    def log_sum_exp(a_0):
+        logits = alpha * normalise(q_fn(obs, a_0), q_norm)  # (B, K)
+        return torch.logsumexp(logits, dim=1).sum(), logits
+
+    with torch.no_grad():
+        gradients, logits = torch.func.grad(log_sum_exp, has_aux=True)(a_0)  # (B, K, A), weighted
+    weights = logits.softmax(dim=1).unsqueeze(-1)  # (B, K, 1)
+    weighted_mean = (weights * a_0).sum(dim=1)  # (B, A)
+    # where Q is linear the posterior is the truncated normal, moved by its variance times the slope
+    climbed = a_0.mean(dim=1) + a_0.var(dim=1) * gradients.sum(dim=1)
+    climbed = climbed.clamp(-half_width, half_width)
+    share = sigma**2 / (sigma**2 + local_variance * mu**2)
+    m = share * weighted_mean + (1 - share) * climbed
+    return (mu * m - a_t) / sigma.clamp(min=1e-3) ** 2, logits
 
 
 def lattice_noise(points, shift):
@@ -363,9 +410,9 @@ class Agent:
         self.points = sobol.draw(args.num_mc_samples)  # (K, 2)
 
     def schedule(self, t):
-        if self.args.reference == "prior":
-            return cosine_schedule(t)
-        return vp_schedule(t, 0.1, self.args.beta_max)
+        if self.args.reference == "uniform":
+            return vp_schedule(t, 0.1, self.args.beta_max)
+        return cosine_schedule(t)
 
     def q_fn(self, obs, a):
         """Q (B, N) of actions (B, N, 2). The critic is asked inside the box only."""
@@ -404,10 +451,13 @@ class Agent:
         obs = torch.zeros(len(a_t), 1)
         alpha = args.inverse_temperature
         path = (a_t, mu, sigma, eps)
-        score, logits = estimate_score(self.q_fn, obs, *path, alpha, args.reference, clip=False)
-        if args.estimator == "mixed":
-            local_var = self.bandit.std**2 / alpha  # of exp(alpha Q) around a mode
-            score = mix_score(score, logits, *path, args.reference, local_var)
+        local_var = self.bandit.std**2 / alpha  # of exp(alpha Q) around a mode
+        if args.reference == "box":
+            score, _ = estimate_box_score(self.q_fn, obs, *path, alpha, None, BOX, local_var)
+        else:
+            score, logits = estimate_score(self.q_fn, obs, *path, alpha, args.reference, clip=False)
+            if args.estimator == "mixed":
+                score = mix_score(score, logits, *path, args.reference, local_var)
         score_scale = args.score_scale if args.reference == "uniform" else None
         return pf_ode_velocity(a_t, score, f, g2, score_scale)
 
@@ -677,6 +727,7 @@ def check_args(args):
     is_uniform = args.reference == "uniform"
     rules = {
         "--score-scale, --beta-max need --reference uniform": is_uniform or has_default_field,
+        "--estimator gradient needs --reference uniform or prior": args.estimator == "mixed" or args.reference != "box",
         "--reward-noise, --bump-scale need the learned critic": not (is_perturbed and args.oracle_critic),
         "--bump-std needs --bump-scale": args.bump_scale > 0 or args.bump_std == Args.bump_std,
     }
@@ -756,6 +807,7 @@ if __name__ == "__main__":
         if is_perturbed:
             draw_robustness(run_folder / "robustness.png", perturbed, agents, noise)
         np.savez_compressed(run_folder / "samples.npz", pf_ode_reference=reference, **samples)
+        np.savez_compressed(run_folder / "arrows.npz", noise=grid, **ends)
         packages = ("torch", "numpy", "scipy", "matplotlib")
         results["seconds"] = time.time() - start_time
         results["config"] = asdict(args)

@@ -98,7 +98,7 @@ class Args:
     num_layers: int = 3  # hidden layers of policy and critics
     num_frequencies: int = 8  # sines and cosines of the times, from 1 to 3 rad
     critic_loss: Literal["distributional", "mse"] = "mse"  # differs from the paper: DACER's
-    reference: Literal["uniform", "prior"] = "uniform"  # p_0 ~ exp(alpha Q) or N(0, I) exp(alpha Q)
+    reference: Literal["uniform", "prior", "box"] = "uniform"  # p_0 ~ exp(alpha Q) times 1, N(0, I), 1 in the box
     sde: Literal["vp", "ve"] = "vp"  # variance preserving (Eq 1), or exploding (Appendix B)
     num_mc_samples: int = 100  # Monte-Carlo samples of the score (K)
     mc_noise: Literal["normal", "lattice"] = "normal"  # independent, or one Sobol set, shifted
@@ -108,6 +108,8 @@ class Args:
     q_norm: Literal["batch", "state"] = "state"  # std under Q  # differs from the paper: batch
     inverse_temperature: float = 5.0  # of the target: alpha = inverse_temperature / lambda
     score_scale: float = 25.0  # norm of the rescaled score of Eq 8 (w)
+    ascent_weight: float = 0.0  # of the one-step actions' own ascent of Q, in the policy's loss
+    ascent_step: float = 0.1  # length of that ascent, RMS over the action's coordinates
     beta_min: float = 0.1  # beta(0) of the VP schedule
     beta_max: float = 1.0  # beta(1) of the VP schedule; the paper prints none
     zero_r_ratio: float = 0.5  # share of r = 0, as in acting  # differs from the paper: 0
@@ -242,13 +244,22 @@ def ve_schedule(t, sigma_min=0.01, sigma_max=1.0):
     return jnp.ones_like(t), sigma, jnp.zeros_like(t), g2
 
 
+def normalise(q, q_norm):
+    """Q (B, K) divided by one number: its std over B and K ("batch"), the mean of its stds over K ("state")."""
+    if q_norm == "batch":
+        return q / (stop_gradient(q.std(ddof=1)) + 1e-6)
+    if q_norm == "state":
+        std_of_states = q.std(axis=1, ddof=1)  # (B,)
+        return q / (stop_gradient(std_of_states.mean()) + 1e-6)
+    return q
+
+
 def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q_norm=None, clip=True):
     """Monte-Carlo score grad log p_t(a_t|s) (B, A) (Eq 4, 5), and its samples' logits alpha Q (B, K).
 
     q_fn: (B, O), (B, K, A) -> (B, K). a_t: (B, A). mu, sigma: (B, 1). eps: (B, K, A) normal.
     reference: p_0 ~ exp(alpha Q) ("uniform") or N(0, I) exp(alpha Q) ("prior", beyond the paper).
-    q_norm: divide Q by one number, its std over B and K ("batch") or the mean of its stds over K ("state").
-    clip: evaluate Q inside [-1, 1]^A only, where it was trained; the gradient outside is zero.
+    q_norm: as in normalise. clip: evaluate Q inside [-1, 1]^A only, where it was trained; the gradient outside is zero.
     """
 
     def log_sum_exp(a_t):
@@ -260,18 +271,53 @@ def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q
             std = sigma
         a_0 = center[:, None] + std[:, None] * eps  # (B, K, A)
         q = q_fn(obs, jnp.clip(a_0, -1, 1) if clip else a_0)  # (B, K)
-        if q_norm == "batch":
-            q = q / (stop_gradient(q.std(ddof=1)) + 1e-6)
-        elif q_norm == "state":
-            std_of_states = q.std(axis=1, ddof=1)  # (B,)
-            q = q / (stop_gradient(std_of_states.mean()) + 1e-6)
-        logits = alpha * q
+        logits = alpha * normalise(q, q_norm)
         return jax.nn.logsumexp(logits, axis=1).sum(), logits
 
     score, logits = jax.grad(log_sum_exp, has_aux=True)(a_t)
     if reference == "prior":
         score = score - a_t
     return stop_gradient((score, logits))  # the critic's weights get no gradient
+
+
+def truncated_normal(eps, mean, std, half_width=1.0):
+    """Standard normal eps (B, K, A) as samples of N(mean, std^2) inside the box; mean: (B, A), std: (B, 1)."""
+    ndtr = jax.scipy.special.ndtr
+    low = ((-half_width - mean) / std)[:, None]  # (B, 1, A)
+    high = ((half_width - mean) / std)[:, None]
+    # floats are exact near a probability of 0, not of 1: mirror what lies in the upper tail
+    sign = jnp.where(low > 0, -1.0, 1.0)
+    lower = jnp.minimum(sign * low, sign * high)
+    upper = jnp.maximum(sign * low, sign * high)
+    cdf = ndtr(lower) + ndtr(sign * eps) * (ndtr(upper) - ndtr(lower))  # (B, K, A)
+    z = jax.scipy.special.ndtri(jnp.clip(cdf, 1e-37, 1 - 1e-7))
+    z = sign * jnp.clip(z, lower, upper)
+    return jnp.clip(mean[:, None] + std[:, None] * z, -half_width, half_width)
+
+
+def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_width=1.0, local_variance=0.1):
+    """As estimate_score, for p_0 ~ exp(alpha Q) inside the box and 0 outside (beyond the paper).
+
+    By Tweedie's formula the score is (mu m - a_t) / sigma^2, where m, inside the box, is the mean of a_0
+    given a_t: it is bounded at any alpha. The weighted mean of the samples sees distant modes, and serves
+    while they are spread. Close to t = 0 its error is theirs, and the slope of Q serves.
+    """
+    a_0 = truncated_normal(eps, a_t / mu, sigma / mu, half_width)  # (B, K, A)
+
+    def log_sum_exp(a_0):
+        logits = alpha * normalise(q_fn(obs, a_0), q_norm)  # (B, K)
+        return jax.nn.logsumexp(logits, axis=1).sum(), logits
+
+    gradients, logits = jax.grad(log_sum_exp, has_aux=True)(a_0)  # (B, K, A), weighted
+    weights = jax.nn.softmax(logits, axis=1)[..., None]  # (B, K, 1)
+    weighted_mean = (weights * a_0).sum(axis=1)  # (B, A)
+    # where Q is linear the posterior is the truncated normal, moved by its variance times the slope
+    climbed = a_0.mean(axis=1) + a_0.var(axis=1, ddof=1) * gradients.sum(axis=1)
+    climbed = jnp.clip(climbed, -half_width, half_width)
+    share = sigma**2 / (sigma**2 + local_variance * mu**2)
+    m = share * weighted_mean + (1 - share) * climbed
+    score = (mu * m - a_t) / jnp.maximum(sigma, 1e-3) ** 2
+    return stop_gradient((score, logits))
 
 
 def lattice_noise(points, shift):
@@ -321,6 +367,21 @@ def best_of_n(u_fn, q_fn, obs, noise):
     candidates = jnp.clip(noise - u_fn(obs, noise, r, t), -1, 1)
     best = q_fn(obs, candidates).argmax(axis=1)  # (B,)
     return candidates[jnp.arange(len(obs)), best], candidates
+
+
+def ascent_loss(u_fn, q_fn, obs, noise, step):
+    """Squared distance (B, N), in steps, of one-step actions from better ones (beyond the paper).
+
+    Better are the actions of noise (B, N, A) after a step up the gradient of Q, inside the box. Where the
+    box leaves room, the loss has the gradient of -2 Q / step, Q in units that make its slope's RMS 1.
+    """
+    r = jnp.zeros_like(noise[..., :1])  # (B, N, 1)
+    a = noise - u_fn(obs, noise, r, jnp.ones_like(r))
+    start = stop_gradient(jnp.clip(a, -1, 1))
+    gradient = jax.grad(lambda a: q_fn(obs, a).sum())(start)
+    length = jnp.sqrt(jnp.square(gradient).mean()) + 1e-6  # one number: where Q is flat, the step is short
+    better = stop_gradient(jnp.clip(start + step * gradient / length, -1, 1))
+    return jnp.square((a - better) / step).sum(axis=-1)
 
 
 def critic_loss(q_twins, target_q_twins, batch, next_actions, args):
@@ -384,14 +445,18 @@ def actor_loss(u_fn, q_fn, batch, uniform, eps, mc_eps, alpha, args):
     uniform: (B, 2) in [0, 1]. eps: (B, A) and mc_eps: (B, K, A) standard normal.
     """
     r, t = sample_r_t(uniform, args.zero_r_ratio)
-    if args.reference == "prior":
+    if args.reference != "uniform":
         mu, sigma, f, g2 = cosine_schedule(t)
     elif args.sde == "vp":
         mu, sigma, f, g2 = vp_schedule(t, args.beta_min, args.beta_max)
     else:
         mu, sigma, f, g2 = ve_schedule(t)
     a_t = mu * batch.actions + sigma * eps
-    score, logits = estimate_score(q_fn, batch.obs, a_t, mu, sigma, mc_eps, alpha, args.reference, args.q_norm)
+    inputs = (q_fn, batch.obs, a_t, mu, sigma, mc_eps, alpha)
+    if args.reference == "box":
+        score, logits = estimate_box_score(*inputs, args.q_norm)
+    else:
+        score, logits = estimate_score(*inputs, args.reference, args.q_norm)
     score_scale = args.score_scale if args.reference == "uniform" else None
     v = pf_ode_velocity(a_t, score, f, g2, score_scale)
     flow = [x[:, None] for x in (a_t, r, t, v)]  # N = 1 action in each state
@@ -504,6 +569,7 @@ def update_critic(state, batch, key, args):
 def update_actor(state, batch, key, args):
     """The policy, then all moving averages."""
     times_key, eps_key, mc_key = jax.random.split(key, 3)
+    ascent_key = jax.random.fold_in(key, 3)
     B, A = batch.actions.shape
     uniform = jax.random.uniform(times_key, (B, 2))
     eps = jax.random.normal(eps_key, (B, A))
@@ -513,12 +579,18 @@ def update_actor(state, batch, key, args):
         sobol = sobol_points(args.num_mc_samples, A)
         mc_eps = lattice_noise(sobol, jax.random.uniform(mc_key, (B, 1, A)))
     alpha = args.inverse_temperature / jnp.exp(state.log_lambda)
-    dtype = jnp.dtype(args.score_dtype)
-    score_q_fn = partial(policy_q, state.critic, args=args, hidden_dtype=dtype)
+    q_fn = partial(policy_q, state.critic, args=args)
+    score_q_fn = partial(q_fn, hidden_dtype=jnp.dtype(args.score_dtype))
 
     def loss_fn(actor):
         u_fn = partial(meanflow_actor, actor)
-        return actor_loss(u_fn, score_q_fn, batch, uniform, eps, mc_eps, alpha, args)
+        loss, info = actor_loss(u_fn, score_q_fn, batch, uniform, eps, mc_eps, alpha, args)
+        if args.ascent_weight > 0:
+            noise = jax.random.normal(ascent_key, (B, 1, A))
+            ascent = ascent_loss(u_fn, q_fn, batch.obs, noise, args.ascent_step).mean()
+            info["losses/ascent_loss"] = stop_gradient(ascent)
+            loss = loss + args.ascent_weight * ascent
+        return loss, info
 
     state, info = descend(state, "actor", loss_fn, args)
     target_critic = optax.incremental_update(state.critic, state.target_critic, args.tau)
@@ -752,7 +824,7 @@ def exit_with_error(message, code=2):
 
 def check_args(args):
     """An error for values that cannot work."""
-    may_be_zero = "seed learning_starts gamma zero_r_ratio noise_scale target_entropy".split()
+    may_be_zero = "seed learning_starts gamma zero_r_ratio noise_scale target_entropy ascent_weight".split()
     for name, value in asdict(args).items():
         if type(value) in (int, float):
             lowest = {"target_entropy": -math.inf, "num_mc_samples": 2}.get(name, 0)
@@ -770,7 +842,7 @@ def check_args(args):
         "--beta-max must be at least --beta-min": args.beta_max >= args.beta_min,
         "--buffer-size must be at least --num-envs": args.buffer_size >= args.num_envs,
         "--noise-scale 0 needs --no-autotune": args.noise_scale > 0 or not args.autotune,
-        "--reference prior needs --sde vp": args.reference == "uniform" or args.sde == "vp",
+        f"--reference {args.reference} needs --sde vp": args.reference == "uniform" or args.sde == "vp",
         "--device gpu: JAX finds no GPU": args.device != "gpu" or jax.default_backend() == "gpu",
         "--track needs wandb": not args.track or util.find_spec("wandb"),
         "--capture-video needs moviepy": not args.capture_video or util.find_spec("moviepy"),

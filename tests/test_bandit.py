@@ -220,6 +220,23 @@ def test_ode_of_the_papers_field_reaches_the_high_modes(monkeypatch):
     assert min(result["high_mode_share"]) > 0.15
 
 
+@pytest.mark.parametrize("alpha", [10.0, 3.0])
+def test_ode_of_the_box_is_the_histogram_of_exp_alpha_r(monkeypatch, alpha):
+    monkeypatch.setattr(bandit, "NUM_ODE_STEPS", 40)
+    task = bandit.Bandit("two-moons")
+    args = small(oracle_critic=True, num_mc_samples=128, reference="box", inverse_temperature=alpha)
+    ends = bandit.integrate(bandit.Agent(args, "som", task), torch.randn(1000, 2), seed=0)
+    assert ends.abs().max() <= bandit.BOX
+    axis = bandit.BOX * ((torch.arange(200) + 0.5) / 100 - 1)
+    grid = torch.cartesian_prod(axis, axis).unsqueeze(1)
+    expected = (alpha * task.reward(grid)).flatten().softmax(dim=0).reshape(5, 40, 5, 40).sum(dim=(1, 3))
+    cells = ((ends / bandit.BOX + 1) / 2 * 5).long().clamp(0, 4)
+    found = torch.bincount(5 * cells[:, 0] + cells[:, 1], minlength=25) / len(ends)
+    # half the sum over cells of the mean distance of a share from its expectation, for independent samples
+    sampling = 0.5 * (2 / math.pi * expected * (1 - expected) / len(ends)).sqrt().sum()
+    assert 0.5 * (found - expected.flatten()).abs().sum() < 1.7 * sampling
+
+
 def test_sobol_noise_is_standard_normal(monkeypatch):
     seen = []
     monkeypatch.setattr(bandit, "estimate_score", lambda *args, **kwargs: seen.append(args[5]) or (args[2], None))
@@ -331,7 +348,7 @@ def test_every_field_is_read_and_every_default_has_its_type():
 
 
 def test_script_is_short_and_imports_nothing_of_this_repository():
-    assert len(SCRIPT.read_text().splitlines()) <= 800
+    assert len(SCRIPT.read_text().splitlines()) <= 850
     assert not re.search(r"(?m)^(from|import) (som|mfp|benchmark)_?\w*", SCRIPT.read_text())
 
 
@@ -391,12 +408,14 @@ def tiny_run(tmp_path_factory):
 @pytest.mark.parametrize("task", TASKS)
 def test_a_run_writes_its_pictures_and_numbers(tiny_run, task):
     folder = tiny_run[task]
-    expected = PICTURES | {"results.json", "samples.npz"} | ({"robustness.png"} if task == TASKS[0] else set())
-    assert {path.name for path in folder.iterdir()} == expected
-    for picture in expected - {"results.json", "samples.npz"}:
+    pictures = PICTURES | ({"robustness.png"} if task == TASKS[0] else set())
+    assert {path.name for path in folder.iterdir()} == pictures | {"results.json", "samples.npz", "arrows.npz"}
+    for picture in pictures:
         assert (folder / picture).read_bytes().startswith(b"\x89PNG") and (folder / picture).stat().st_size > 10_000
     results, samples = json.loads((folder / "results.json").read_text()), np.load(folder / "samples.npz")
     policies = {"som", "mfp", "pf_ode"} | ({"som_clean", "mfp_clean"} if task == TASKS[0] else set())
+    arrows = np.load(folder / "arrows.npz")
+    assert {name: arrows[name].shape for name in arrows} == {name: (49, 2) for name in ("noise", *policies)}
     assert results.keys() == policies | {"seconds", "config", "versions"}
     assert results["config"]["task"] == task
     ode = torch.as_tensor(samples["pf_ode_reference"])
@@ -445,6 +464,7 @@ def test_every_number_has_a_bad_value_above():
         ("--oracle-critic --reward-noise 0.2", "learned critic"),
         ("--oracle-critic --bump-scale 1", "learned critic"),
         ("--bump-std 1", "--bump-scale"),
+        ("--reference box --estimator gradient", "--reference uniform or prior"),
     ],
 )
 def test_flags_without_effect_are_refused(capsys, flags, words):

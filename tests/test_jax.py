@@ -141,7 +141,7 @@ def test_networks(num_frequencies):
 
 VARIANTS = [
     {"reference": reference, "sde": sde, "q_norm": q_norm, "policy_q": policy_q}
-    for reference, sde in (("uniform", "vp"), ("uniform", "ve"), ("prior", "vp"))
+    for reference, sde in (("uniform", "vp"), ("uniform", "ve"), ("prior", "vp"), ("box", "vp"))
     for q_norm, policy_q in (("batch", "mean"), ("state", "min"))
 ]
 
@@ -255,6 +255,44 @@ def test_score(reference, q_norm, clip):
     if q_norm is None:  # the critic's weights get no gradient
         gradient = jax.jit(jax.grad(lambda layers: ours(layers)[0].sum()))(layers)
         assert not any(g.any() for g in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("q_norm", (None, "batch", "state"))
+def test_box_score_and_ascent(q_norm):
+    actor, critic, _ = networks()
+    layers = to_jax(critic)
+    (obs, obs_t), (a, a_t), (eps, eps_t) = numbers(B, O, seed=1), numbers(B, A, seed=2), numbers(B, K, A, seed=3)
+    t = np.linspace(0.05, 0.95, B, dtype=np.float32)[:, None]
+    mu, sigma, _, _ = som.cosine_schedule(torch.tensor(t))
+    close(
+        somx.truncated_normal(eps, 3 * a, sigma.numpy(), 1.5),
+        som.truncated_normal(eps_t, 3 * a_t, sigma, 1.5),
+    )
+
+    def q_fn(layers, *x):
+        return somx.q_network(layers, *x)[0][0]
+
+    def ours(layers):
+        return somx.estimate_box_score(partial(q_fn, layers), obs, a, mu.numpy(), sigma.numpy(), eps, 3.0, q_norm)
+
+    def q_fn_t(*x):
+        return critic(*x)[0][0]
+
+    close(jax.jit(ours)(layers), som.estimate_box_score(q_fn_t, obs_t, a_t, mu, sigma, eps_t, 3.0, q_norm), 1e-3)
+    gradient = jax.jit(jax.grad(lambda layers: ours(layers)[0].sum()))(layers)
+    assert not any(g.any() for g in jax.tree.leaves(gradient))  # the critic's weights get no gradient
+
+    def ascent(actor, layers):
+        loss = somx.ascent_loss(partial(somx.meanflow_actor, actor), partial(q_fn, layers), obs, eps, 0.1)
+        return loss.sum(), loss
+
+    (grad, critic_grad), loss = jax.jit(jax.grad(ascent, argnums=(0, 1), has_aux=True))(to_jax(actor), layers)
+    loss_t = som.ascent_loss(actor, q_fn_t, obs_t, eps_t, 0.1)
+    loss_t.sum().backward()
+    close(loss, loss_t)
+    close(grad, gradients(actor))
+    assert not any(g.any() for g in jax.tree.leaves(critic_grad))
+    assert all(weight.grad is None for weight in critic.parameters())
 
 
 def test_meanflow_target_and_best_of_n():
@@ -383,6 +421,7 @@ UPDATES = {
     "distributional": {"critic_loss": "distributional", "sde": "ve", "policy_frequency": 2},
     "lattice": {"mc_noise": "lattice", "policy_q": "min"},
     "bfloat16": {"score_dtype": "bfloat16"},
+    "box": {"reference": "box", "ascent_weight": 0.5, "ascent_step": 0.2},
 }
 
 
@@ -419,6 +458,8 @@ def test_updates_are_those_of_the_pytorch_agent(monkeypatch, variant):
             lattice = args.mc_noise == "lattice"
             shape = (B, 1, A) if lattice else (B, K, A)
             draws += [(jax.random.uniform if lattice else jax.random.normal)(mc_key, shape)]
+            if args.ascent_weight > 0:
+                draws += [jax.random.normal(jax.random.fold_in(actor_key, 3), (B, 1, A))]
         batch = somx.sample(jax.tree.map(lambda x: x[0], ring), sample_key, B, widths)
         info = agent.update(som.Batch(*(torch.tensor(np.asarray(x)) for x in batch)), due)
         assert not draws

@@ -195,6 +195,189 @@ def test_score_is_autograds_gradient_of_log_sum_exp(path, q_norm, clip):
         assert (live - expected).abs().max() > 1e-2
 
 
+# score of the box
+
+
+def log_interval(low, high):
+    """log of the normal's probability between low and high, from float64 tails."""
+    flip = low > 0
+    low, high = torch.where(flip, -high, low), torch.where(flip, -low, high)
+    upper, lower = torch.special.log_ndtr(high), torch.special.log_ndtr(low)
+    return upper + torch.log1p(-torch.exp(lower - upper))
+
+
+@pytest.mark.parametrize("half_width", (1.0, 2.5))
+@pytest.mark.parametrize("std", (0.01, 0.3, 5.0, 300.0))
+@pytest.mark.parametrize("distance", (-4.0, -1.0, 0.0, 2.0, 8.0))
+def test_samples_of_the_truncated_normal_have_its_quantiles(distance, std, half_width):
+    """The mean is `distance` standard deviations (or half widths) outside or inside of the upper face."""
+    # the float32 that is used, against the distribution function in float64
+    mean = half_width + distance * min(std, half_width)
+    K = 1000
+    p = (torch.arange(K, dtype=F64) + 0.5) / K
+    eps = torch.special.ndtri(p).float().reshape(1, K, 1)
+    for sign in (1, -1):
+        inputs = torch.full((1, 1), sign * mean), torch.full((1, 1), std)
+        a_0 = som.truncated_normal(sign * eps, *inputs, half_width)
+        assert a_0.abs().max() <= half_width
+        x = (sign * a_0).double().flatten()  # by symmetry the same for both faces
+        low, high = torch.tensor((-half_width - mean) / std), torch.tensor((half_width - mean) / std)
+        low, high = low.double(), high.double()
+        cdf = torch.exp(log_interval(low, (x - mean) / std) - log_interval(low, high))
+        # rounding of a sample, as a probability
+        rounding = 4e-7 * half_width * torch.exp(-0.5 * ((x - mean) / std) ** 2 - log_interval(low, high)) / std
+        assert ((cdf - p).abs() <= 2e-4 + rounding).all()
+
+
+def box_points(B, A, seed, half_width=1.0):
+    """Actions a_0 (B, A), of which half of the coordinates lie at the box's faces, and noise for them."""
+    a_0 = half_width * (4 * rand(B, A, seed=seed) - 2)
+    return a_0.clamp(-half_width, half_width), randn(B, A, seed=seed + 1)
+
+
+@pytest.mark.parametrize("alpha", (1.0, 5.0, 50.0))
+@pytest.mark.parametrize("A, half_width, num", ((1, 1.0, 20_001), (1, 0.5, 20_001), (2, 1.0, 401)))
+def test_weighted_mean_of_the_box_is_that_of_quadrature(A, half_width, num, alpha):
+    """A mixture, cut by the box, to the power alpha. local_variance 0: without the slope of Q."""
+    mixture, B, K = random_mixture(A), 6, 8192
+    q_fn = lambda obs, a: mixture.log_prob(a)  # noqa: E731
+    a_0, eps = box_points(B, A, seed=30, half_width=half_width)
+    mc_eps = randn(B, K, A, seed=32)
+    axis = half_width * ((torch.arange(num, dtype=F64) + 0.5) / num * 2 - 1)
+    grid = torch.cartesian_prod(*A * [axis]).reshape(-1, A)
+    num_checked = 0
+    for t in (0.04, 0.1, 0.3, 0.6, 0.9, 0.999):
+        mu, sigma, f, g2 = som.cosine_schedule(torch.full((B, 1), t, dtype=F64))
+        a_t = mu * a_0 + sigma * eps
+        score, _ = som.estimate_box_score(
+            q_fn, None, a_t, mu, sigma, mc_eps, alpha, None, half_width, local_variance=0.0
+        )
+        log_proposals = (-0.5 * ((a_t.unsqueeze(1) - mu[0] * grid) / sigma[0]).square().sum(-1)).log_softmax(dim=1)
+        log_weights = log_proposals + alpha * mixture.log_prob(grid)
+        weights = log_weights.softmax(dim=1)
+        mean = weights @ grid
+        variance = weights @ grid.square() - mean.square()
+        # K independent samples of the proposals have the variance of so many of p_0(a_0|a_t) itself
+        num_effective = K / (weights * (weights.log() - log_proposals).exp()).nansum(dim=1)
+        standard_error = (variance / num_effective.unsqueeze(1)).sqrt()
+        seen = num_effective > 100  # else the samples hardly reach the mode, whatever the code
+        error = (sigma**2 * score + a_t) / mu - mean
+        assert (error.abs() <= 5 * standard_error + 1e-4)[seen].all()
+        num_checked += seen.sum().item()
+        # the velocity of the cosine path in terms of the mean
+        v = som.pf_ode_velocity(a_t, (mu * mean - a_t) / sigma**2, f, g2)
+        close(v, -0.5 * math.pi * (mean - mu * a_t) / sigma, atol=1e-6, rtol=1e-6)
+    assert num_checked >= (30 if alpha == 1 else 12)  # of 36
+
+
+@pytest.mark.parametrize("alpha, t, bound", ((10.0, 0.02, 0.6), (2.0, 0.1, 0.7)))
+def test_the_slope_of_q_serves_where_the_weighted_mean_is_noise(alpha, t, bound):
+    """Close to t = 0, 16 samples in six dimensions: the slope brings the estimate nearer to quadrature."""
+    B, K, A = 256, 16, 6
+
+    def q_of_coordinates(a):
+        return torch.sin(3 * a) + 0.3 * a
+
+    def q_fn(obs, a):  # separable: quadrature in one dimension gives all coordinates
+        return q_of_coordinates(a).sum(-1)
+
+    a_0, eps = box_points(B, A, seed=40)
+    mu, sigma, _, _ = som.cosine_schedule(torch.full((B, 1), t, dtype=F64))
+    a_t = mu * a_0 + sigma * eps
+    grid = torch.linspace(-1, 1, 4001, dtype=F64)
+    log_weights = alpha * q_of_coordinates(grid) - 0.5 * ((a_t.unsqueeze(2) - mu[0] * grid) / sigma[0]).square()
+    exact = log_weights.softmax(dim=2) @ grid  # (B, A)
+
+    def error(**kwargs):
+        mc_eps = som.lattice_noise(sobol_points(K, A), rand(B, 1, A, seed=42))
+        score, _ = som.estimate_box_score(q_fn, None, a_t, mu, sigma, mc_eps, alpha, **kwargs)
+        return ((sigma**2 * score + a_t) / mu - exact).abs().mean().item()
+
+    assert error() < bound * error(local_variance=0.0)
+
+
+def test_slope_of_a_linear_q_is_exact_inside_the_box():
+    alpha, B, A, K = 3.0, 8, 4, 4096
+    c = randn(A, seed=1)
+    a_0 = 0.8 * rand(B, A, seed=2) - 0.4
+    mu, sigma, _, _ = som.cosine_schedule(torch.full((B, 1), 0.02, dtype=F64))
+    a_t = mu * a_0 + sigma * randn(B, A, seed=3)
+    mc_eps = som.lattice_noise(sobol_points(K, A), rand(B, 1, A, seed=4))
+    score, _ = som.estimate_box_score(lambda obs, a: a @ c, None, a_t, mu, sigma, mc_eps, alpha)
+    # the faces are more than ten standard deviations away: N(a_t / mu, (sigma / mu)^2) moved by (sigma / mu)^2 alpha c
+    exact = a_t / mu + (sigma / mu) ** 2 * alpha * c
+    close((sigma**2 * score + a_t) / mu, exact, atol=0.4 * sigma[0].item() / K**0.5, rtol=0)
+
+
+@pytest.mark.parametrize("alpha", (1.0, 1e2, 1e6))
+def test_velocity_of_the_box_is_bounded_at_any_alpha(alpha):
+    net, B, A = random_mlp(3, 1, seed=50).float(), 4096, 3
+    a_0, eps = box_points(B, A, seed=60)
+    mu, sigma, f, g2 = som.cosine_schedule(rand(B, 1, seed=62).float())
+    a_t = mu * a_0.float() + sigma * eps.float()
+    q_fn = lambda obs, a: 100 * net(a).squeeze(-1)  # noqa: E731
+    score, logits = som.estimate_box_score(q_fn, None, a_t, mu, sigma, randn(B, 16, A, seed=63).float(), alpha)
+    assert not score.requires_grad and all(parameter.grad is None for parameter in net.parameters())
+    assert logits.shape == (B, 16)
+    m = (sigma.clamp(min=1e-3) ** 2 * score + a_t) / mu
+    assert (m.abs() * mu <= mu + 1e-5).all()  # inside the box, to rounding
+    v = som.pf_ode_velocity(a_t, score, f, g2)
+    bound = 0.5 * math.pi * (1 + mu * a_t.abs()) / sigma.clamp(min=1e-3)
+    assert (v.abs() <= 1.001 * bound + 1e-3).all()
+
+
+# the actions' own ascent
+
+
+def test_ascent_moves_actions_up_q_inside_the_box():
+    """One-step actions a = noise / 2, a quadratic Q: the loss and its gradient by hand."""
+    noise = torch.tensor([[[0.4, -0.2]], [[1.0, 0.6]], [[2.0, -3.0]]], dtype=F64)
+    scale = torch.tensor(0.5, dtype=F64, requires_grad=True)
+    top = torch.tensor([0.5, 0.5], dtype=F64, requires_grad=True)
+    seen = []
+
+    def u_fn(obs, a_t, r, t):
+        seen.append((r, t))
+        return a_t - scale * a_t
+
+    loss = som.ascent_loss(u_fn, lambda obs, a: -(a - top).square().sum(-1), None, noise, step=0.1)
+    (r, t) = seen[0]
+    assert len(seen) == 1 and (r == 0).all() and (t == 1).all() and r.shape == (3, 1, 1)
+    a = torch.tensor([[0.2, -0.1], [0.5, 0.3], [1.0, -1.5]], dtype=F64)
+    slope = 2 * (torch.tensor([0.5, 0.5], dtype=F64) - a.clamp(-1, 1))
+    better = a.clamp(-1, 1) + 0.1 * slope / (slope.square().mean().sqrt() + 1e-6)
+    assert better[1, 0] == 0.5 and better[2, 1] > -1  # at the top it stays; from outside it comes back
+    close(loss, ((a - better) / 0.1).square().sum(1, keepdim=True))
+    loss.mean().backward()
+    close(scale.grad, (2 * (a - better) / 0.1**2 * noise[:, 0]).sum() / 3)
+    assert top.grad is None  # the critic's weights get no gradient
+
+
+def test_ascent_stays_inside_the_box():
+    noise = torch.tensor([[[0.99]], [[-0.99]]], dtype=F64)
+    zero = lambda obs, a_t, r, t: 0 * a_t  # noqa: E731
+    loss = som.ascent_loss(zero, lambda obs, a: 5 * a.square().sum(-1), None, noise, step=0.1)
+    close(loss, torch.full((2, 1), (0.01 / 0.1) ** 2, dtype=F64))
+
+
+def test_ascent_finds_the_top_of_q():
+    """Trained on the ascent alone, one-step actions from all noise end at the top, inside the box or at its face."""
+    torch.manual_seed(0)
+    actor = som.MeanFlowActor(1, 2, 32, 2)
+    adam = torch.optim.Adam(actor.parameters(), lr=3e-3)
+    top = torch.tensor([0.3, 2.0])
+    obs = torch.zeros(64, 1)
+    for _ in range(300):
+        q_fn = lambda obs, a: -(a - top).square().sum(-1)  # noqa: E731
+        loss = som.ascent_loss(actor, q_fn, obs, torch.randn(64, 1, 2), 0.1).mean()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    noise = torch.randn(64, 1, 2)
+    _, candidates = som.best_of_n(actor, lambda obs, a: a[..., 0], obs, noise)
+    assert (candidates - torch.tensor([0.3, 1.0])).abs().mean() < 0.05
+
+
 def sobol_points(K, dim):
     return torch.quasirandom.SobolEngine(dim, scramble=True, seed=0).draw(K, dtype=F64)
 
@@ -881,9 +1064,10 @@ def test_terminated_rows_do_not_bootstrap(kind):
 
 
 @pytest.mark.parametrize("q_norm, policy_q", (("batch", "mean"), ("state", "min")))
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", (*PATHS, "box"))
 def test_actor_loss_is_score_velocity_and_meanflow_in_turn(path, q_norm, policy_q):
-    reference, sde = PATHS[path][1], "ve" if path == "ve" else "vp"
+    reference = "box" if path == "box" else PATHS[path][1]
+    sde = "ve" if path == "ve" else "vp"
     changes = {
         "reference": reference,
         "sde": sde,
@@ -907,12 +1091,16 @@ def test_actor_loss_is_score_velocity_and_meanflow_in_turn(path, q_norm, policy_
 
     t, r = uniform.max(1, keepdim=True).values, uniform.min(1, keepdim=True).values
     r[:8] = 0.0
-    schedules = {"vp": (som.vp_schedule, 0.1, 2.0), "ve": (som.ve_schedule, 0.01, 1.0), "prior": (som.cosine_schedule,)}
-    schedule, *constants = schedules[path]
+    schedules = {"vp": (som.vp_schedule, 0.1, 2.0), "ve": (som.ve_schedule, 0.01, 1.0)}
+    schedule, *constants = schedules.get(path, (som.cosine_schedule,))
     mu, sigma, f, g2 = schedule(t, *constants)
     a_t = mu * batch.actions + sigma * eps
-    score, _ = som.estimate_score(q_fn, batch.obs, a_t, mu, sigma, mc_eps, 3.0, reference, q_norm, clip=True)
-    v = som.pf_ode_velocity(a_t, score, f, g2, None if path == "prior" else 7.0)
+    inputs = q_fn, batch.obs, a_t, mu, sigma, mc_eps, 3.0
+    if path == "box":
+        score, _ = som.estimate_box_score(*inputs, q_norm)
+    else:
+        score, _ = som.estimate_score(*inputs, reference, q_norm, clip=True)
+    v = som.pf_ode_velocity(a_t, score, f, g2, None if path in ("prior", "box") else 7.0)
     rows = [x.unsqueeze(1) for x in (a_t, r, t, v)]
     close(loss, som.meanflow_loss(lambda a, r, t: actor(batch.obs, a, r, t), *rows)[0].sum() / 32)
     close(info["score/norm"], score.norm(dim=1).mean())
