@@ -302,10 +302,12 @@ def truncated_normal(eps, mean, std, half_width=1.0):
     sign = torch.where(low > 0, -1.0, 1.0)
     lower = torch.minimum(sign * low, sign * high)
     upper = torch.maximum(sign * low, sign * high)
-    cdf = cdf_of(lower) + cdf_of(sign * eps) * (cdf_of(upper) - cdf_of(lower))  # (B, K, A)
+    mass = cdf_of(upper) - cdf_of(lower)
+    cdf = cdf_of(lower) + cdf_of(sign * eps) * mass  # (B, K, A)
     z = torch.special.ndtri(cdf.clamp(1e-37, 1 - 1e-7))
     z = sign * torch.minimum(torch.maximum(z, lower), upper)
-    return (mean.unsqueeze(1) + std.unsqueeze(1) * z).clamp(-half_width, half_width)
+    a_0 = mean.unsqueeze(1) + std.unsqueeze(1) * z
+    return a_0.clamp(-half_width, half_width)
 
 
 def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_width=1.0, local_variance=0.1):
@@ -326,7 +328,8 @@ def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_
     weights = logits.softmax(dim=1).unsqueeze(-1)  # (B, K, 1)
     weighted_mean = (weights * a_0).sum(dim=1)  # (B, A)
     # where Q is linear the posterior is the truncated normal, moved by its variance times the slope
-    climbed = a_0.mean(dim=1) + a_0.var(dim=1) * gradients.sum(dim=1)
+    slope = gradients.sum(dim=1)
+    climbed = a_0.mean(dim=1) + a_0.var(dim=1) * slope
     climbed = climbed.clamp(-half_width, half_width)
     share = sigma**2 / (sigma**2 + local_variance * mu**2)
     m = share * weighted_mean + (1 - share) * climbed

@@ -280,10 +280,12 @@ def truncated_normal(eps, mean, std, half_width=1.0):
     sign = torch.where(low > 0, -1.0, 1.0)
     lower = torch.minimum(sign * low, sign * high)
     upper = torch.maximum(sign * low, sign * high)
-    cdf = cdf_of(lower) + cdf_of(sign * eps) * (cdf_of(upper) - cdf_of(lower))  # (B, K, A)
+    mass = cdf_of(upper) - cdf_of(lower)
+    cdf = cdf_of(lower) + cdf_of(sign * eps) * mass  # (B, K, A)
     z = torch.special.ndtri(cdf.clamp(1e-37, 1 - 1e-7))
     z = sign * torch.minimum(torch.maximum(z, lower), upper)
-    return (mean.unsqueeze(1) + std.unsqueeze(1) * z).clamp(-half_width, half_width)
+    a_0 = mean.unsqueeze(1) + std.unsqueeze(1) * z
+    return a_0.clamp(-half_width, half_width)
 
 
 def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_width=1.0, local_variance=0.1):
@@ -304,7 +306,8 @@ def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_
     weights = logits.softmax(dim=1).unsqueeze(-1)  # (B, K, 1)
     weighted_mean = (weights * a_0).sum(dim=1)  # (B, A)
     # where Q is linear the posterior is the truncated normal, moved by its variance times the slope
-    climbed = a_0.mean(dim=1) + a_0.var(dim=1) * gradients.sum(dim=1)
+    slope = gradients.sum(dim=1)
+    climbed = a_0.mean(dim=1) + a_0.var(dim=1) * slope
     climbed = climbed.clamp(-half_width, half_width)
     share = sigma**2 / (sigma**2 + local_variance * mu**2)
     m = share * weighted_mean + (1 - share) * climbed
@@ -361,9 +364,13 @@ def ascent_loss(u_fn, q_fn, obs, noise, step):
     """
     r = torch.zeros_like(noise[..., :1])  # (B, N, 1)
     a = noise - u_fn(obs, noise, r, torch.ones_like(r))
+
+    def total_q(a):
+        return q_fn(obs, a).sum()
+
     with torch.no_grad():
         start = a.clamp(-1, 1)
-        gradient = torch.func.grad(lambda a: q_fn(obs, a).sum())(start)
+        gradient = torch.func.grad(total_q)(start)
         length = gradient.square().mean().sqrt() + 1e-6  # one number: where Q is flat, the step is short
         better = (start + step * gradient / length).clamp(-1, 1)
     return ((a - better) / step).square().sum(dim=-1)
@@ -550,9 +557,9 @@ class Agent(nn.Module):
         loss, info = self.actor_loss(self.actor, self.score_q_fn, batch, uniform, eps, mc_eps, alpha, args)
         if args.ascent_weight > 0:
             noise = torch.randn(B, 1, A, device=self.device)
-            ascent = self.ascent_loss(self.actor, self.q_fn, batch.obs, noise, args.ascent_step).mean()
-            info["losses/ascent_loss"] = ascent.detach()
-            loss = loss + args.ascent_weight * ascent
+            ascents = self.ascent_loss(self.actor, self.q_fn, batch.obs, noise, args.ascent_step)
+            info["losses/ascent_loss"] = ascents.detach().mean()
+            loss = loss + args.ascent_weight * ascents.mean()
         self.descend("actor", loss)
         soft_update(self.target_critic, self.critic, args.tau)
         soft_update(self.acting_actor, self.actor, args.policy_tau)

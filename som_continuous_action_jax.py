@@ -289,10 +289,12 @@ def truncated_normal(eps, mean, std, half_width=1.0):
     sign = jnp.where(low > 0, -1.0, 1.0)
     lower = jnp.minimum(sign * low, sign * high)
     upper = jnp.maximum(sign * low, sign * high)
-    cdf = ndtr(lower) + ndtr(sign * eps) * (ndtr(upper) - ndtr(lower))  # (B, K, A)
+    mass = ndtr(upper) - ndtr(lower)
+    cdf = ndtr(lower) + ndtr(sign * eps) * mass  # (B, K, A)
     z = jax.scipy.special.ndtri(jnp.clip(cdf, 1e-37, 1 - 1e-7))
     z = sign * jnp.clip(z, lower, upper)
-    return jnp.clip(mean[:, None] + std[:, None] * z, -half_width, half_width)
+    a_0 = mean[:, None] + std[:, None] * z
+    return jnp.clip(a_0, -half_width, half_width)
 
 
 def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_width=1.0, local_variance=0.1):
@@ -312,7 +314,8 @@ def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_
     weights = jax.nn.softmax(logits, axis=1)[..., None]  # (B, K, 1)
     weighted_mean = (weights * a_0).sum(axis=1)  # (B, A)
     # where Q is linear the posterior is the truncated normal, moved by its variance times the slope
-    climbed = a_0.mean(axis=1) + a_0.var(axis=1, ddof=1) * gradients.sum(axis=1)
+    slope = gradients.sum(axis=1)
+    climbed = a_0.mean(axis=1) + a_0.var(axis=1, ddof=1) * slope
     climbed = jnp.clip(climbed, -half_width, half_width)
     share = sigma**2 / (sigma**2 + local_variance * mu**2)
     m = share * weighted_mean + (1 - share) * climbed
@@ -377,8 +380,12 @@ def ascent_loss(u_fn, q_fn, obs, noise, step):
     """
     r = jnp.zeros_like(noise[..., :1])  # (B, N, 1)
     a = noise - u_fn(obs, noise, r, jnp.ones_like(r))
+
+    def total_q(a):
+        return q_fn(obs, a).sum()
+
     start = stop_gradient(jnp.clip(a, -1, 1))
-    gradient = jax.grad(lambda a: q_fn(obs, a).sum())(start)
+    gradient = jax.grad(total_q)(start)
     length = jnp.sqrt(jnp.square(gradient).mean()) + 1e-6  # one number: where Q is flat, the step is short
     better = stop_gradient(jnp.clip(start + step * gradient / length, -1, 1))
     return jnp.square((a - better) / step).sum(axis=-1)
@@ -587,9 +594,9 @@ def update_actor(state, batch, key, args):
         loss, info = actor_loss(u_fn, score_q_fn, batch, uniform, eps, mc_eps, alpha, args)
         if args.ascent_weight > 0:
             noise = jax.random.normal(ascent_key, (B, 1, A))
-            ascent = ascent_loss(u_fn, q_fn, batch.obs, noise, args.ascent_step).mean()
-            info["losses/ascent_loss"] = stop_gradient(ascent)
-            loss = loss + args.ascent_weight * ascent
+            ascents = ascent_loss(u_fn, q_fn, batch.obs, noise, args.ascent_step)
+            info["losses/ascent_loss"] = stop_gradient(ascents.mean())
+            loss = loss + args.ascent_weight * ascents.mean()
         return loss, info
 
     state, info = descend(state, "actor", loss_fn, args)

@@ -23,6 +23,8 @@ import tyro
 
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "README.md", ROOT / "docs" / "som.md", ROOT / "docs" / "bandit.md"
+FOLDERS = "", "benchmark/", "baselines/"  # where scripts lie
+RENAMED = {"benchmark/sac.py": "benchmark/sb3.py"}  # rows and run folders from before name the old one
 NOT_SHOWN = "--exp-name", "--env-id", "--seed", "--save-model"  # in the table's own flags
 COLUMNS = (
     "script setting env_id seed global_step return_mean return_std num_updates wall_time_s "
@@ -52,9 +54,10 @@ def script_of(config):
     name = config.get("script")
     if name is None:
         name = "mfp_continuous_action.py" if "ivc_coef" in config else "som_continuous_action.py"
-    for folder in ("", "benchmark/"):
-        if (ROOT / folder / name).is_file():
-            return f"{folder}{name}"
+    for folder in FOLDERS:
+        path = f"{folder}{name}"
+        if (ROOT / RENAMED.get(path, path)).is_file():
+            return path
     return name
 
 
@@ -69,17 +72,18 @@ def literal(node):
 @functools.cache
 def defaults_of(script, preset=None):
     """The literal defaults of a script's Args, with those of a preset; None if the script is not here."""
-    if not (ROOT / script).is_file():
+    path = ROOT / RENAMED.get(script, script)
+    if not path.is_file():
         return None
     defaults = {}
     for_preset = {}
-    for node in ast.parse((ROOT / script).read_text()).body:
+    for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.ClassDef) and node.name == "Args":
             for field in node.body:
                 is_literal, value = literal(getattr(field, "value", None))
                 if isinstance(field, ast.AnnAssign) and is_literal:
                     defaults[field.target.id] = value
-        # LAPTOP = {...}, then LAPTOP |= {...}
+        # LAPTOP = {...}, then LAPTOP |= {...}; so does sb3.py with the name of an algorithm
         if isinstance(node, ast.Assign | ast.AugAssign) and preset is not None:
             target = node.target if isinstance(node, ast.AugAssign) else node.targets[0]
             if getattr(target, "id", None) == preset.upper():
@@ -105,7 +109,7 @@ def command_of(config):
     Without a known default, as in a script that was copied elsewhere, every field that has a value.
     """
     script = script_of(config)
-    defaults = defaults_of(script, config.get("preset"))
+    defaults = defaults_of(script, config.get("preset") or config.get("algo"))
     config = config | {"seed": config.get("first_seed", config["seed"])}  # several seeds have one command
     words = ["python", script]
     for name, value in config.items():
@@ -167,7 +171,8 @@ def collect(runs):
 
 
 def run_of(row):
-    return row["env_id"], row["setting"], row["script"], int(row["seed"])
+    script = RENAMED.get(row["script"], row["script"])
+    return row["env_id"], row["setting"], script, int(row["seed"])
 
 
 def read(path):
@@ -221,7 +226,9 @@ def table_of_returns(rows):
     final = {}
     common = {}
     own = {}
+    scripts = {}  # as the rows name them
     for row in rows:
+        scripts.setdefault(run_of(row)[:3], row["script"])
         seeds = final.setdefault(run_of(row)[:3], {})
         seeds[int(row["seed"])] = (int(row["global_step"]), float(row["return_mean"]))
         flags = set(flags_of(row["command"]))
@@ -230,13 +237,14 @@ def table_of_returns(rows):
         flags = [flag for flag in flags_of(row["command"]) if flag not in common[row["script"]]]
         own.setdefault(run_of(row)[:3], {}).update(dict.fromkeys(flags))
     lines = ["environment | script | setting | own flags | steps | final return, seed by seed | mean".split(" | ")]
-    for (env_id, setting, script), seeds in final.items():
+    for key, seeds in final.items():
+        env_id, setting, _ = key
         returns = [seeds[seed][1] for seed in sorted(seeds)]
-        flags = " ".join(own[env_id, setting, script])
+        flags = " ".join(own[key])
         lines.append(
             [
                 env_id,
-                Path(script).stem.replace("_continuous_action", ""),
+                Path(scripts[key]).stem.replace("_continuous_action", ""),
                 setting,
                 f"`{flags}`" if flags else "",
                 f"{max(step for step, _ in seeds.values()):,}",

@@ -1,6 +1,6 @@
 """A grid of runs, scripts x environments x settings x seeds, on Ray: on this machine, or on a cluster.
 
-python benchmark/launch.py --out out --scripts som_continuous_action.py mfp_continuous_action.py benchmark/sac.py \\
+python benchmark/launch.py --out out --scripts som_continuous_action.py mfp_continuous_action.py benchmark/sb3.py \\
     --env-ids HalfCheetah-v4 Hopper-v4 Walker2d-v4 --seeds 1 2 3 \\
     --settings "som_continuous_action:prior=--reference prior" "som_continuous_action:w5=--score-scale 5" \\
     --script-flags "som_continuous_action: --preset laptop" "mfp_continuous_action: --preset laptop" \\

@@ -18,6 +18,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import collect
 import numpy as np
 import tyro
 from scipy import stats
@@ -78,6 +79,7 @@ def read(paths, rename=()):
         for row in rows:
             setting = names.get(row["setting"], row["setting"])
             script = row.get("script") or row["command"].split()[1]
+            script = collect.RENAMED.get(script, script)
             scripts.setdefault(setting, set()).add(script)
             curve = runs.setdefault((setting, script, row["env_id"]), {}).setdefault(int(row["seed"]), {})
             step = int(row["global_step"])

@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "som.md").read_text()
 PAGE = re.sub(r"^<!-- [\w-]+\.csv -->.*?^<!-- end -->", "", PAGE, flags=re.DOTALL | re.MULTILINE)  # tables of results
 SCRIPTS = "som_continuous_action.py", "mfp_continuous_action.py"
-TOOLS = "benchmark/launch.py", "benchmark/collect.py", "benchmark/plot.py", "benchmark/sac.py", "benchmark/step_time.py"
+TOOLS = "benchmark/launch.py", "benchmark/collect.py", "benchmark/plot.py", "benchmark/sb3.py", "benchmark/step_time.py"
 TAG = r"(?:losses|score|velocity|actions|charts)/\w+"
 
 fences = re.findall(r"^```\w*\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)

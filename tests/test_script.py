@@ -474,6 +474,7 @@ BAD_NUMBERS = {
     "--best-of-n": "0", "--inverse-temperature": "inf", "--score-scale": "0", "--beta-min": "3", "--beta-max": "-1",
     "--checkpoint-frequency": "0", "--num-episodes": "0", "--num-frequencies": "0",
     "--zero-r-ratio": "1.1", "--noise-scale": "0", "--initial-lambda": "0",
+    "--ascent-weight": "-1", "--ascent-step": "0",
     "--alpha-lr": "0", "--alpha-delay": "0", "--target-entropy": "nan", "--eval-frequency": "0", "--seed": "-1",
 }  # fmt: skip
 
