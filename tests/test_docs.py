@@ -12,6 +12,7 @@ PAGE = (ROOT / "docs" / "som.md").read_text()
 PAGE = re.sub(r"^<!-- [\w-]+\.csv -->.*?^<!-- end -->", "", PAGE, flags=re.DOTALL | re.MULTILINE)  # tables of results
 SCRIPTS = "som_continuous_action.py", "mfp_continuous_action.py"
 TOOLS = "benchmark/launch.py", "benchmark/collect.py", "benchmark/plot.py", "benchmark/sb3.py", "benchmark/step_time.py"
+TOOLS += "benchmark/best_of_n.py", "som_continuous_action_jax.py"
 TAG = r"(?:losses|score|velocity|actions|charts)/\w+"
 
 fences = re.findall(r"^```\w*\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
@@ -49,7 +50,7 @@ def tags_of(path):
 
 def rows_of_results():
     names = set()
-    for table in "small_setting.csv", "grid.csv":
+    for table in "small_setting.csv", "grid.csv", "field.csv":
         with (ROOT / "benchmark/results" / table).open() as file:
             names |= {row["setting"] for row in csv.DictReader(file)}
     return names

@@ -1207,9 +1207,18 @@ def test_updates_leave_each_other_alone():
     assert moved["lambda"] == {"log_lambda"}
 
 
-def test_compiled_updates_equal_eager_ones():
+@pytest.mark.parametrize(
+    "changes",
+    (
+        {"critic_loss": "distributional"},
+        pytest.param(
+            {"critic_loss": "distributional", "reference": "box", "ascent_weight": 1.0}, marks=pytest.mark.slow
+        ),
+    ),
+    ids=("distributional", "box"),
+)
+def test_compiled_updates_equal_eager_ones(changes):
     # SLOW: the compiler takes its time
-    changes = {"critic_loss": "distributional"}
     agents = [tiny_agent(compile=compile, **changes) for compile in (False, True)]
     for agent in agents:
         torch.manual_seed(2)

@@ -27,7 +27,7 @@ def test_every_table_has_its_csv():
 
 def test_returns_in_the_text_are_those_of_the_table():
     table = collect.markdown(ROOT / "benchmark/results/small_setting.csv")
-    for name in "grid.csv", "paper_rates.csv", "second_edition.csv":
+    for name in "grid.csv", "paper_rates.csv", "second_edition.csv", "field.csv":
         table += collect.markdown(ROOT / "benchmark/results" / name)
     sections = (1, "Deviations from the paper", "##", 10), (1, "SOM, MFP and SAC", "##", 1), (0, "Results", "##", 4)
     sections += ((1, "The default learning rates and temperature", "##", 8),)
