@@ -575,8 +575,7 @@ def update_critic(state, batch, key, args):
 
 def update_actor(state, batch, key, args):
     """The policy, then all moving averages."""
-    times_key, eps_key, mc_key = jax.random.split(key, 3)
-    ascent_key = jax.random.fold_in(key, 3)
+    times_key, eps_key, mc_key, ascent_key = jax.random.split(key, 4)
     B, A = batch.actions.shape
     uniform = jax.random.uniform(times_key, (B, 2))
     eps = jax.random.normal(eps_key, (B, A))

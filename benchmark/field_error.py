@@ -78,8 +78,6 @@ def true_velocity(reference, a_t, mu, sigma, f, g2, alpha, num_points=2001):
 def estimated_velocity(reference, local_variance, a_t, mu, sigma, f, g2, mc_eps, alpha):
     inputs = (q_fn, None, a_t, mu, sigma, mc_eps, alpha)
     if reference == "box":
-        if local_variance == math.inf:
-            local_variance = 1e12
         score, _ = som.estimate_box_score(*inputs, local_variance=local_variance)
     else:
         score, _ = som.estimate_score(*inputs, reference)

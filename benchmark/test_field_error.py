@@ -24,7 +24,7 @@ def test_quadrature_of_the_prior_is_that_of_a_gaussian(monkeypatch):
     torch.testing.assert_close(v, som.pf_ode_velocity(a_t, score, f, g2), atol=1e-5, rtol=1e-5)
 
 
-def test_every_error_falls_with_the_number_of_samples(tmp_path):
+def test_errors_without_bias_fall_with_the_number_of_samples(tmp_path):
     path = tmp_path / "error.csv"
     sizes = {"num_states": 50, "num_mc_samples": (16, 4096), "alphas": (1.0,), "times": (0.1, 0.6), "act_dim": 2}
     field_error.main(field_error.ErrorArgs(path, **sizes))

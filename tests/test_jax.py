@@ -453,13 +453,13 @@ def test_updates_are_those_of_the_pytorch_agent(monkeypatch, variant):
         if args.critic_loss == "distributional":
             draws += [jax.random.normal(z_key, (B,))]
         if due:
-            times_key, eps_key, mc_key = jax.random.split(actor_key, 3)
+            times_key, eps_key, mc_key, ascent_key = jax.random.split(actor_key, 4)
             draws += [jax.random.uniform(times_key, (B, 2)), jax.random.normal(eps_key, (B, A))]
             lattice = args.mc_noise == "lattice"
             shape = (B, 1, A) if lattice else (B, K, A)
             draws += [(jax.random.uniform if lattice else jax.random.normal)(mc_key, shape)]
             if args.ascent_weight > 0:
-                draws += [jax.random.normal(jax.random.fold_in(actor_key, 3), (B, 1, A))]
+                draws += [jax.random.normal(ascent_key, (B, 1, A))]
         batch = somx.sample(jax.tree.map(lambda x: x[0], ring), sample_key, B, widths)
         info = agent.update(som.Batch(*(torch.tensor(np.asarray(x)) for x in batch)), due)
         assert not draws
