@@ -89,7 +89,7 @@ class Args:
     num_layers: int = 3  # hidden layers of policy and critics
     num_frequencies: int = 8  # sines and cosines of the times, from 1 to 3 rad
     critic_loss: Literal["distributional", "mse"] = "mse"  # differs from the paper: DACER's
-    reference: Literal["uniform", "prior", "box"] = "uniform"  # p_0 ~ exp(alpha Q) times 1, N(0, I), 1 in the box
+    reference: Literal["uniform", "prior", "box"] = "uniform"  # p_0 over exp(alpha Q): 1, N(0, I), or 1 in the box
     sde: Literal["vp", "ve"] = "vp"  # variance preserving (Eq 1), or exploding (Appendix B)
     num_mc_samples: int = 100  # Monte-Carlo samples of the score (K)
     mc_noise: Literal["normal", "lattice"] = "normal"  # independent, or one Sobol set, shifted
