@@ -2,10 +2,10 @@
 
 python benchmark/plot.py --csvs benchmark/results/small_setting.csv --out plots --env-ids HalfCheetah-v4
 
-curves.png, .svg   mean return and its 95 % interval over seeds (Student's t) per environment, of two seeds the seeds;
-                   then, over more than one environment, the mean min-max-normalised return as in the paper's Figure 2
+curves.png, .svg   per environment a thin line for each seed, and a thick one for their mean; then, over more than one
+                   environment, the mean min-max-normalised return and its interval as in the paper's Figure 2
 aggregate.png, .svg, from two settings on: mean and interquartile mean of normalised final returns
-results.md         final returns, mean +- 95 % interval, and the aggregates
+results.md         final returns, mean +- 95 % interval (Student's t), and the aggregates; areas under the curves
 Returns are normalised by the lowest and the highest evaluation that any run drawn has in that environment (the paper
 does not say what its minimum and maximum are of), so a number changes with the settings it is drawn beside. Intervals
 of aggregates: stratified bootstrap, which draws seeds anew within each environment; of three seeds in one environment
@@ -128,6 +128,13 @@ def interval(returns):
     return mean, stats.t.ppf(0.975, seeds - 1) * returns.std(axis=0, ddof=1) / math.sqrt(seeds)
 
 
+def mean_return(steps, returns):
+    """Each seed's area under its curve, by trapezoids, over the curve's length (seeds,): its return on the way."""
+    if len(steps) == 1:
+        return returns[:, 0]
+    return np.trapezoid(returns, steps, axis=1) / (steps[-1] - steps[0])
+
+
 def interquartile_mean(scores):
     """Mean (...) of the middle half of the scores (..., n); a quarter, rounded down, is cut off at each end."""
     cut = scores.shape[-1] // 4
@@ -193,32 +200,41 @@ def aggregate(curves, env_ids, bootstraps):
     return aggregates
 
 
-def markdown(curves, env_ids, aggregates):
-    """Final returns, mean +- 95 % interval (seeds), the highest mean of a column in bold."""
+def cells_of(values, is_best):
+    """Mean +- 95 % interval (seeds), in bold if it is the best."""
+    mean, half = interval(values)
+    text = f"{mean:,.0f}"
+    if len(values) > 1:
+        text += f" ± {half:,.0f}"
+    if is_best:
+        text = f"**{text}**"
+    return f"{text} ({len(values)})"
+
+
+def markdown(curves, env_ids, statistic, aggregates):
+    """A row for each setting, a column for each environment: statistic(steps (T,), returns (seeds, T)) of its seeds.
+
+    The highest mean of a column is in bold. With aggregates, of the final returns, two columns more.
+    """
     heads = ["setting"]
     best = {}
     for env_id in env_ids:
         drawn = [of_setting[env_id] for of_setting in curves.values() if env_id in of_setting]
         last_steps = sorted({int(steps[-1]) for steps, _ in drawn})
         heads.append(f"{env_id}, {' or '.join(f'{step:,}' for step in last_steps)} steps")
-        best[env_id] = max(returns[:, -1].mean() for _, returns in drawn)
+        best[env_id] = max(statistic(*curve).mean() for curve in drawn)
     shown = ["mean", "IQM"] if aggregates else []
     heads += [f"normalised {kind}" for kind in shown]
     lines = [heads, ["---"] * len(heads)]
     for name, of_setting in curves.items():
         cells = [f"`{name}`"]
         for env_id in env_ids:
-            if env_id not in of_setting:
+            if env_id in of_setting:
+                values = statistic(*of_setting[env_id])
+                is_best = values.mean() == best[env_id] and len(curves) > 1
+                cells.append(cells_of(values, is_best))
+            else:
                 cells.append("-")
-                continue
-            final = of_setting[env_id][1][:, -1]
-            mean, half = interval(final)
-            text = f"{mean:,.0f}"
-            if len(final) > 1:
-                text += f" ± {half:,.0f}"
-            if mean == best[env_id] and len(curves) > 1:
-                text = f"**{text}**"
-            cells.append(f"{text} ({len(final)})")
         for kind in shown:
             value = aggregates.get(name, {}).get(kind)
             cells.append("{:.2f} [{:.2f}, {:.2f}]".format(*value) if value else "-")
@@ -248,24 +264,16 @@ def thousands(step, _=None):
 
 
 def draw_environment(axis, curves, env_id, styles):
-    """Each setting's mean over seeds and its interval; the lines, {setting: line}."""
+    """A thin line for each seed and a thick one for their mean, per setting; the thick ones, {setting: line}."""
     lines = {}
-    shown = []
     for name, style in styles.items():
         if env_id not in curves[name]:
             continue
         steps, returns = curves[name][env_id]
-        mean, half = interval(returns)
-        (lines[name],) = axis.plot(steps, mean, marker="." if len(steps) < 30 else "", **style)
-        if len(returns) == 2:  # their interval, nine standard deviations, would hide all else
-            axis.plot(steps, returns.T, **style, linewidth=0.7, alpha=0.5)
-        else:
-            axis.fill_between(steps, mean - half, mean + half, color=style["color"], alpha=0.15, linewidth=0)
-        shown.append(returns.ravel())
-    # a wide interval leaves the picture rather than flattening it
-    shown = np.concatenate(shown)
-    margin = 0.08 * (np.ptp(shown) or 1.0)
-    axis.set_ylim(shown.min() - margin, shown.max() + margin)
+        marker = "." if len(steps) < 30 else ""
+        if len(returns) > 1:
+            axis.plot(steps, returns.T, **style, linewidth=0.6, alpha=0.45)
+        (lines[name],) = axis.plot(steps, returns.mean(axis=0), marker=marker, linewidth=2, **style)
     return lines
 
 
@@ -359,9 +367,11 @@ def main(args):
         draw_curves(plt, curves, env_ids, aggregates, args.out / "curves")
         if len(aggregates) > 1:
             draw_aggregates(plt, curves, env_ids, aggregates, args.out / "aggregate")
-    table = markdown(curves, env_ids, aggregates)
-    (args.out / "results.md").write_text(table + "\n")
-    print(table)
+    final = markdown(curves, env_ids, lambda steps, returns: returns[:, -1], aggregates)
+    area = markdown(curves, env_ids, mean_return, {})
+    text = f"Final return\n\n{final}\n\nMean return over the run, the area under its curve\n\n{area}\n"
+    (args.out / "results.md").write_text(text)
+    print(text, end="")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,13 @@ def test_environments_count_alike_in_the_mean():
     assert plot.mean_over_environments([np.zeros(1), np.ones(9)]) == 0.5
 
 
+def test_mean_return_by_hand():
+    steps = np.array([10, 20, 40])
+    returns = np.array([[0.0, 6.0, 6.0], [1.0, 1.0, 1.0]])
+    np.testing.assert_allclose(plot.mean_return(steps, returns), [(3 * 10 + 6 * 20) / 30, 1])
+    assert plot.mean_return(steps[:1], returns[:, :1]).tolist() == [0, 1]
+
+
 @pytest.mark.parametrize("seeds", [2, 3, 10])
 def test_interval_is_that_of_scipy(seeds):
     returns = np.random.default_rng(seeds).normal(100, 30, size=(seeds, 4))
@@ -123,12 +130,21 @@ def test_the_plots_as_a_user_makes_them(results, tmp_path):
         assert "</svg>" in path.read_text()
     assert (tmp_path / "a/b/results.md").read_text() == made.stdout
     # half widths: 12.706 x half the difference of two seeds; normalised by 0 and 10: 0.1 of 0, 0.2 and 0.8 of 0.6, 1
-    assert made.stdout.splitlines()[2:] == [
+    assert made.stdout.splitlines()[4:7] == [
         "| `low` | 1 ± 13 (2) | 1,000 ± 12,706 (2) | 0.10 [0.00, 0.20] | 0.10 [0.00, 0.20] |",
         "| `high` | **8 ± 25** (2) | **8,000 ± 25,412** (2) | 0.80 [0.60, 1.00] | 0.80 [0.60, 1.00] |",
         "| `only` | 5 (1) | - | - | - |",
     ]
-    assert made.stdout.startswith("| setting | A-v0, 20,000 steps | B-v0, 20,000 steps | normalised mean | normal")
+    heads = "| setting | A-v0, 20,000 steps | B-v0, 20,000 steps |"
+    assert made.stdout.startswith(f"Final return\n\n{heads} normalised mean | normal")
+    # each curve goes from a half to the whole of its final return: its mean is three quarters
+    assert made.stdout.splitlines()[10:] == [
+        heads,
+        "| --- | --- | --- |",
+        "| `low` | 1 ± 10 (2) | 750 ± 9,530 (2) |",
+        "| `high` | **6 ± 19** (2) | **6,000 ± 19,059** (2) |",
+        "| `only` | 5 (1) | - |",
+    ]
     before = (tmp_path / "a/b/curves.svg").read_bytes()
     run("--csvs", results, "--out", tmp_path / "a/b")
     assert (tmp_path / "a/b/curves.svg").read_bytes() == before
