@@ -14,6 +14,12 @@ update's matrix products alone, and to the first edition of the PyTorch script, 
 
     git worktree add ../first 775835a
     python benchmark/step_time.py --first-edition ../first
+
+With --methods it times an update and an action of every method instead, as in the paper's Table 2, and counts the
+network evaluations that they ask for. An update here is one of the critics and one of the policy, whatever the method's
+policy_frequency. PPO is not among them: it has no update for each step.
+
+    python benchmark/step_time.py --methods --no-torch-compile --csv benchmark/results/method_time.csv
 """
 
 import importlib.util
@@ -24,7 +30,7 @@ import sys
 import time
 from collections import namedtuple
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from importlib import metadata
 from operator import truediv
@@ -39,12 +45,28 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import collect
 import launch
+import sb3
 
 import som_continuous_action as som
 
 ROOT = Path(__file__).parents[1]
 SIZES = {"paper": {}, "small": som.LAPTOP}  # what differs from the script's defaults
 NUM_ROWS = 10_000  # in the replay buffer
+SB3 = "benchmark/sb3.py"
+# --methods: a method's script, and what it is asked for there; the first is what the others are compared with
+METHODS = {
+    "SOM": ("som_continuous_action.py", {}),
+    "SOM, prior": ("som_continuous_action.py", {"reference": "prior"}),
+    "SOM, box and ascent": ("som_continuous_action.py", {"reference": "box", "ascent_weight": 1.0}),
+    "MFP": ("mfp_continuous_action.py", {}),
+    "SDAC": ("baselines/diffusion_continuous_action.py", {"method": "sdac"}),
+    "DPMD": ("baselines/diffusion_continuous_action.py", {"method": "dpmd"}),
+    "QSM": ("baselines/diffusion_continuous_action.py", {"method": "qsm"}),
+    "DIPO": ("baselines/diffusion_continuous_action.py", {"method": "dipo"}),
+    "QVPO": ("baselines/diffusion_continuous_action.py", {"method": "qvpo"}),
+    "DACER": ("baselines/dacer_continuous_action.py", {}),
+    "SAC": (SB3, {}),
+}
 
 # What an update is asked to do; precision is that of products in float32: "high" is TF32
 Variant = namedtuple("Variant", "mc_noise num_mc_samples score_dtype precision")
@@ -81,6 +103,8 @@ class BenchmarkArgs:
     """time the cheaper scores, too"""
     jax: bool = True
     """time the JAX script, too"""
+    methods: bool = False
+    """time every method instead"""
     first_edition: Path | None = None
     """checkout of the first edition, to be timed beside the second"""
     csv: Path | None = None
@@ -459,6 +483,128 @@ def row_of(work, works):
     return row
 
 
+# Every method, with --methods
+def method_args(script, sizes, changes, env_id):
+    """The script's Args of a method, at its own defaults or at those of --preset laptop."""
+    small = sizes == "small"
+    if script is sb3:  # whose defaults are the small ones
+        args = sb3.Args() if small else sb3.Args(batch_size=256, hidden_dim=256, learning_rate=3e-4)
+    elif hasattr(script, "default_args"):
+        args = script.default_args(changes["method"], "laptop" if small else None)
+    else:
+        args = script.Args(**(script.LAPTOP if small else {}), **changes)
+    return replace(args, env_id=env_id, buffer_size=NUM_ROWS)
+
+
+class InSB3:
+    """SAC of Stable-Baselines3."""
+
+    def __init__(self, args, obs_dim, act_dim, device):
+        from stable_baselines3.common.logger import configure
+
+        self.args = args
+        layers = args.num_layers * [args.hidden_dim]
+        shared = {
+            "env": som.make_training_env(args.env_id),
+            "policy_kwargs": {"net_arch": layers, "activation_fn": torch.nn.GELU},
+            "device": device,
+        }
+        self.model, _ = sb3.make_sac(shared, args)
+        self.model.set_logger(configure(None, []))
+        columns = random_columns(NUM_ROWS, obs_dim, act_dim)
+        for *row, terminated in zip(*columns, strict=True):
+            obs, next_obs, action, reward = row
+            self.model.replay_buffer.add(obs, next_obs, action, reward, terminated, [{}])
+        self.one_obs = np.zeros((1, obs_dim), np.float32)
+
+    def update(self):
+        self.model.train(gradient_steps=1, batch_size=self.args.batch_size)
+
+    def action(self):
+        return self.model.predict(self.one_obs, deterministic=True)
+
+
+def networks_of(script):
+    """The networks that are counted, twins once."""
+    if isinstance(script, InSB3):
+        model = script.model
+        return {"policy": [model.actor.latent_pi], "critic": [model.critic.qf0, model.critic_target.qf0]}
+    agent = script.update.args[0]
+    networks = {"policy": [], "critic": []}
+    for name, module in agent.named_children():
+        networks["policy" if "actor" in name else "critic"].append(module)
+    return networks
+
+
+def evaluations(networks, function):
+    """{name: inputs that go through its networks in a call of the function}."""
+    counts = dict.fromkeys(networks, 0)
+    handles = []
+    for name, modules in networks.items():
+
+        def count(module, inputs, name=name):
+            x = inputs[min(1, len(inputs) - 1)]  # (B, N, D) beside the states, or (B, D) alone
+            counts[name] += x.shape[:-1].numel()
+
+        handles += [module.register_forward_pre_hook(count) for module in modules]
+    function()
+    for handle in handles:
+        handle.remove()
+    return counts
+
+
+def method_works(sizes, options, obs_dim, act_dim, device):
+    """An update and an action of every method, in all forms."""
+    on_gpu = device.type == "cuda"
+    wait = torch.cuda.synchronize if on_gpu else None
+    forms = ["eager"]
+    if options.torch_compile:
+        forms.append("captured" if on_gpu else "compiled")
+    precision = "high" if on_gpu else "highest"  # as the scripts have it
+    works = []
+    for method, (file, changes) in METHODS.items():
+        labels = {"method": method}  # and the evaluations, which are counted where nothing is compiled
+        for form in forms:
+            script = sb3 if file == SB3 else load_script(ROOT / file)
+            args = method_args(script, sizes, changes, options.env_id)
+            if file == SB3 and form == "eager":
+                timed = InSB3(args, obs_dim, act_dim, device)
+            elif file == SB3:
+                continue
+            else:
+                args = replace(args, compile=form != "eager")
+                timed = InPyTorch(script, args, form, obs_dim, act_dim, device)
+            starts = {"update": timed.update, "action": timed.action}
+            if form == "eager":
+                for name, start in starts.items():
+                    per = args.batch_size if name == "update" else 1
+                    for network, count in evaluations(networks_of(timed), start).items():
+                        labels[f"{network}, {name}"] = count // per
+            for name, start in starts.items():
+                of_work = {**labels, "form": form, "work": name}
+                works.append(Work(of_work, with_torch_precision(precision, start), wait))
+    return works
+
+
+def method_rows(works):
+    """A row for each method and form: times, ratios to the first method's, evaluations for each state."""
+    rows = {}
+    for work in works:
+        labels = dict(work.labels)
+        form = labels.pop("form")
+        name = labels.pop("work")
+        row = rows.setdefault((labels["method"], form), {"method": labels["method"], "form": form})
+        row[f"{name} ms"] = round(1e3 * statistics.median(work.seconds), 3)
+        row[f"{name} lowest ms"] = round(1e3 * min(work.seconds), 3)
+        row[f"{name} highest ms"] = round(1e3 * max(work.seconds), 3)
+        for other in works:
+            wanted = {"method": next(iter(METHODS)), "form": form, "work": name}
+            if wanted.items() <= other.labels.items():
+                row[f"{name} / {wanted['method']}"] = ratio(work, other)
+        row |= {key: count for key, count in labels.items() if key.endswith(f", {name}")}
+    return list(rows.values())
+
+
 def measure(sizes, options, device):
     """The rows of one size."""
     env = gym.make(options.env_id)
@@ -466,8 +612,11 @@ def measure(sizes, options, device):
     act_dim = env.action_space.shape[0]
     env.close()
     values = {"env_id": options.env_id, "buffer_size": NUM_ROWS, **SIZES[sizes]}
-    works = torch_works(values, options, obs_dim, act_dim, device)
-    if options.jax:
+    if options.methods:
+        works = method_works(sizes, options, obs_dim, act_dim, device)
+    else:
+        works = torch_works(values, options, obs_dim, act_dim, device)
+    if options.jax and not options.methods:
         works += jax_works(values, options, obs_dim, act_dim, device)
     works = [work for work in works if any(kind in work.labels["work"] for kind in options.works)]
     for work in works:  # compile and warm up; the script captures a graph in its sixth call
@@ -486,6 +635,8 @@ def measure(sizes, options, device):
         hardware = torch.cuda.get_device_name()
     common = {"sizes": sizes, "env_id": options.env_id, "hardware": hardware, "threads": threads}
     common["torch"] = torch.__version__
+    if options.methods:
+        return [common | row for row in method_rows(works)]
     common["jax"] = metadata.version("jax") if options.jax else ""
     return [common | row_of(work, works) for work in works]
 

@@ -189,6 +189,47 @@ def test_ratios_are_those_of_the_rounds():
     assert (row["GFLOP/s"], row["/ first edition"], row["/ products"]) == (1, 1, 8)
 
 
+def test_every_method_is_timed_and_its_evaluations_are_counted():
+    """The counts are those that follow from N, K, T and the methods, as docs/baselines.md has them."""
+    options = step_time.BenchmarkArgs(methods=True, **QUICK)
+    rows = {row["method"]: row for row in step_time.measure("small", options, CPU)}
+    assert list(rows) == list(step_time.METHODS)
+    N, K = som.LAPTOP["best_of_n"], som.LAPTOP["num_mc_samples"]
+    T, chains, samples = 10, 4, 16  # of the diffusion policies: steps, candidates, K
+    expected = {  # policy and critics in an update, policy and critics in an action
+        "SOM": (N + 1, N + 2 + K, N, N),
+        "SOM, prior": (N + 1, N + 2 + K, N, N),
+        "SOM, box and ascent": (N + 2, N + 3 + K, N, N),  # one more action, and the gradient of Q there
+        "MFP": (2 * N + 2, 2 * N + 2, N, N),  # the best of N in both states
+        "SDAC": (T * chains + 1, chains + 2 + samples, T * chains, chains),
+        "DPMD": (T * chains + 1, chains + 2 + 1, T * chains, chains),
+        "QSM": (T * chains + 1, chains + 2 + 1, T * chains, chains),
+        "DIPO": (T + 1, 1 + 2 + 10, T, 1),  # ten steps up the critic
+        "QVPO": (T * chains + T * samples + 11, chains + 2 + samples, T * chains, chains),
+        "DACER": (2 * T, 3, T, 0),
+        "SAC": (2, 3, 1, 0),
+    }
+    for method, counts in expected.items():
+        row = rows[method]
+        names = "policy, update", "critic, update", "policy, action", "critic, action"
+        assert tuple(row[name] for name in names) == counts, method
+        assert 0 < row["update lowest ms"] <= row["update ms"] <= row["update highest ms"]
+        assert row["update / SOM"] > 0 and row["action / SOM"] > 0
+    assert rows["SOM"]["update / SOM"] == rows["SOM"]["action / SOM"] == 1
+
+
+def test_methods_at_the_papers_sizes():
+    """Table 3: 256 wide, batches of 256, N = 32, K = 100 (SOM) and 64 (SDAC, QVPO), T = 20, DIPO's 100."""
+    for method, (file, changes) in step_time.METHODS.items():
+        script = step_time.sb3 if file == step_time.SB3 else step_time.load_script(step_time.ROOT / file)
+        args = step_time.method_args(script, "paper", changes, "Pendulum-v1")
+        assert (args.hidden_dim, args.num_layers, args.batch_size) == (256, 3, 256)
+        if "num_diffusion_steps" in vars(args):
+            assert args.num_diffusion_steps == (100 if method == "DIPO" else 20)
+        if method.startswith("SOM"):
+            assert (args.best_of_n, args.num_mc_samples) == (32, 100)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
