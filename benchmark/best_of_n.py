@@ -40,6 +40,11 @@ def read_configs(runs):
     return configs
 
 
+def last_step(run):
+    """Environment steps of the newest checkpoint, the one that --evaluate loads; 0 without any."""
+    return max((int(path.stem.removeprefix("checkpoint_")) for path in run.glob("checkpoint_*")), default=0)
+
+
 def evaluate(run, script, n):
     """Mean return of each seed without exploration noise, by the script's --evaluate."""
     command = [sys.executable, str(script), "--evaluate", str(run), "--best-of-n", str(n)]
@@ -65,7 +70,7 @@ def main(args):
             "script": config["script"],
             "setting": config["exp_name"],
             "first_seed": config["seed"],
-            "steps": config["total_timesteps"],
+            "steps": last_step(run),
             "trained with": config["best_of_n"],
         }
         for n in args.best_of_n:

@@ -22,7 +22,8 @@ from pathlib import Path
 import tyro
 
 ROOT = Path(__file__).parents[1]
-PAGES = ROOT / "README.md", ROOT / "docs" / "som.md", ROOT / "docs" / "bandit.md"
+DOCS = ROOT / "docs"
+PAGES = ROOT / "README.md", DOCS / "som.md", DOCS / "results.md", DOCS / "bandit.md", DOCS / "baselines.md"
 FOLDERS = "", "benchmark/", "baselines/"  # where scripts lie
 RENAMED = {"benchmark/sac.py": "benchmark/sb3.py"}  # rows and run folders from before name the old one
 NOT_SHOWN = "--exp-name", "--env-id", "--seed", "--save-model"  # in the table's own flags
@@ -41,7 +42,7 @@ class CollectArgs:
     add: bool = False
     """keep the rows that the table has of other runs"""
     write_readme: bool = False
-    """put the table into the README or docs/som.md, between its two comments"""
+    """put the table into the README or a page of docs/, between its two comments"""
 
 
 def exit_with_error(message):

@@ -51,9 +51,16 @@ def test_with_its_own_n_a_run_has_the_return_of_its_last_evaluation(runs, tmp_pa
     assert [len(row["N = 1"].split()) for row in rows] == [1, 16]
     for row, run in zip(rows, runs.values(), strict=True):
         assert row["N = 2"].split() == final_returns(run)
-        assert row["trained with"] == "2"
+        assert row["trained with"] == "2" and row["steps"] == "60"
         assert row["N = 1"] != row["N = 2"]
     assert capsys.readouterr().err == f"note: {tmp_path}/refused is left out: it has no config.json\n"
+
+
+def test_the_step_is_that_of_the_newest_checkpoint(tmp_path):
+    assert best_of_n.last_step(tmp_path) == 0
+    for step in 40, 9_000, 400:  # a run that was ended before its total_timesteps
+        (tmp_path / f"checkpoint_{step:010d}.npz").touch()
+    assert best_of_n.last_step(tmp_path) == 9_000
 
 
 def refusal(capsys, **options):

@@ -1,4 +1,4 @@
-"""What docs/som.md names exists: functions, flags, tags, files, rows; and it leaves out no tag."""
+"""What docs/som.md and docs/results.md name exists: functions, flags, tags, files, rows; no tag is left out."""
 
 import ast
 import csv
@@ -8,7 +8,7 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "som.md").read_text()
+PAGE = "\n".join((ROOT / "docs" / name).read_text() for name in ("som.md", "results.md"))
 PAGE = re.sub(r"^<!-- [\w-]+\.csv -->.*?^<!-- end -->", "", PAGE, flags=re.DOTALL | re.MULTILINE)  # tables of results
 SCRIPTS = "som_continuous_action.py", "mfp_continuous_action.py"
 TOOLS = "benchmark/launch.py", "benchmark/collect.py", "benchmark/plot.py", "benchmark/sb3.py", "benchmark/step_time.py"
