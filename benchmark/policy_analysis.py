@@ -2,9 +2,10 @@
 
     python benchmark/policy_analysis.py --som runs/SOM_RUN --mfp runs/MFP_RUN --out analysis
 
-Both are runs of one environment; their newest checkpoints are read. SOM's critic, as SOM acts by it, judges the actions
-of both.
-Written are box_plots.png, tsne.png and policy_analysis.json with the numbers of both.
+Both are runs of one environment; their newest checkpoints are read. SOM's may be of the JAX script: of several seeds
+the one whose folder is given, or --som-seed. SOM's critic, as SOM acts by it, judges the actions of both.
+Written are box_plots.png, tsne.png and policy_analysis.json with the numbers of both. Without --mfp there are no
+pictures, only the spread.
 
 - Box plots (Appendix D): SOM acts for 800 steps; in 50 of the states met, each policy proposes 32 actions, and the mean
   and the std of their Q are one point of a box. (Figure 3's caption says 1000 actions: --num-candidates.)
@@ -12,11 +13,19 @@ Written are box_plots.png, tsne.png and policy_analysis.json with the numbers of
   map is a Gaussian kernel density weighted by Q, less the lowest Q in that state. So it is hot where actions are many,
   not only where they are good, and t-SNE shows tight clusters as wide as loose ones: the JSON also has mean Q and the
   spread of the actions themselves.
+- The spread, taken apart (not in the paper): in the states of the box plots, and from one noise, SOM's actions in one
+  step; its network in more steps; the probability-flow ODE of the field that it is regressed on, with the run's K and
+  with K = 100; an ascent of Q from the one-step actions, and from uniform ones; uniform actions; MFP's.
+  Wide in one step and tight in 16: the one-step fit is. Wide in 16 and tight by the ODE: the regression is.
+  Wide by the ODE: with the run's K alone its estimate, with both the field. Ascents that end in unlike Q: Q has many
+  maxima. Tight in one step alone: the network is no flow, as where --ascent-weight outweighs the regression.
 """
 
 import json
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -36,15 +45,21 @@ except ImportError as error:
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+JAX_CHECKPOINT_FORMAT = "som_continuous_action_jax.py, checkpoints of version 3"
+NETWORK_STEPS = (1, 2, 4, 16)
+MANY_MC_SAMPLES = 100  # the paper's K
+
 
 @dataclass
 class AnalysisArgs:
     som: Path
-    """run folder of SOM, or a checkpoint in it"""
-    mfp: Path
-    """run folder of MFP, or a checkpoint in it, of the same environment"""
+    """run folder of SOM, or a checkpoint in it, of either script"""
     out: Path
     """folder for the pictures and the JSON"""
+    mfp: Path | None = None
+    """run folder of MFP, or a checkpoint in it, of the same environment"""
+    som_seed: int | None = None
+    """of a JAX run of several seeds, the one to analyse; by default that of the folder"""
     seed: int = 1
     """seed of environment, noise, sampled states and embedding"""
     rollout_steps: int = 800
@@ -57,6 +72,10 @@ class AnalysisArgs:
     """consecutive states of the t-SNE picture"""
     tsne_candidates: int = 100
     """actions of each policy in such a state"""
+    ode_steps: int = 64
+    """Euler steps of the probability-flow ODE"""
+    ascent_steps: int = 50
+    """steps of the ascent of Q"""
 
 
 def load_agent(script, path):
@@ -70,6 +89,72 @@ def load_agent(script, path):
     agent = script.Agent(args, checkpoint["obs_dim"], len(low), torch.device("cpu"))
     agent.load_state_dict(checkpoint["agent"])
     return agent
+
+
+def load_som(path, seed=None):
+    """SOM's agent, of a run of either script."""
+    folder, seed_of_folder = find_jax_run(path)
+    archives = [path] if path.suffix == ".npz" else sorted(folder.glob("checkpoint_*.npz"))
+    if archives:
+        return load_jax_agent(archives[-1], seed_of_folder if seed is None else seed)
+    agent = load_agent(som, path)
+    if seed not in (None, agent.args.seed):
+        som.exit_with_error(f"--som-seed must be {agent.args.seed}, the only one in {path}, got {seed}")
+    return agent
+
+
+def find_jax_run(path):
+    """The folder of a JAX run's checkpoints, its first seed's; and the seed whose folder path is, if one tells."""
+    config_file = path / "config.json"
+    if not config_file.exists():
+        return path, None
+    try:
+        config = json.loads(config_file.read_text())
+    except (OSError, ValueError) as error:
+        som.exit_with_error(f"{config_file} cannot be used: {error}")
+    if any(path.glob("checkpoint_*.npz")) or "first_folder" not in config:
+        return path, config.get("seed")
+    return path.resolve().with_name(config["first_folder"]), config["seed"]
+
+
+def load_jax_agent(path, seed=None):
+    """One seed of a JAX run as an agent of the PyTorch script; by default the first. JAX is not needed."""
+    try:
+        with np.load(path) as file:  # it compares checksums, and refuses pickled objects
+            arrays = dict(file)
+        checkpoint = json.loads(str(arrays.pop("entries", "{}")))
+        if checkpoint.get("format") != JAX_CHECKPOINT_FORMAT:
+            raise ValueError(f"it is not of {JAX_CHECKPOINT_FORMAT}")
+    except Exception as error:
+        som.exit_with_error(f"{path} cannot be used: {error}")
+    trained_with = checkpoint["args"]
+    num_seeds = trained_with.pop("num_seeds")
+    first_seed = trained_with["seed"]
+    seed = first_seed if seed is None else seed
+    last_seed = first_seed + num_seeds - 1
+    if not first_seed <= seed <= last_seed:
+        som.exit_with_error(f"--som-seed must be in [{first_seed}, {last_seed}], the seeds in {path}, got {seed}")
+    args = som.Args(**trained_with | {"seed": seed, "compile": False})
+    low, _, _ = checkpoint["action_box"]
+    agent = som.Agent(args, checkpoint["obs_dim"], len(low), torch.device("cpu"))
+    agent.load_state_dict(to_torch(arrays, seed - first_seed, agent.state_dict()))
+    return agent
+
+
+def to_torch(arrays, k, state_dict):
+    """The arrays of seed number k, such as .critic[0][1], by the names of a state_dict, such as critic.biases.0."""
+    converted = {}
+    for name, tensor in state_dict.items():
+        owner, *rest = name.split(".")
+        if rest == ["frequencies"]:  # constants, which the JAX script makes anew in every call
+            converted[name] = tensor
+        elif rest:
+            kind, layer = rest
+            number = ("weights", "biases").index(kind)
+            converted[name] = torch.tensor(arrays[f".{owner}[{layer}][{number}]"][k])
+        else:
+            converted[name] = torch.tensor(arrays[f".{owner}"][k])
+    return converted
 
 
 def rollout(agent, steps, seed):
@@ -87,15 +172,21 @@ def rollout(agent, steps, seed):
     return torch.from_numpy(states)
 
 
+def candidates_of(agent, obs, num_candidates):
+    """A policy's actions (S, N, A) in states (S, O), as it proposes them when it acts."""
+    trained_with = agent.args
+    agent.args = replace(trained_with, best_of_n=num_candidates)
+    _, candidates = agent.act(obs)
+    agent.args = trained_with
+    return candidates
+
+
 @torch.no_grad()
 def propose(agents, obs, num_candidates):
     """Each policy's actions (S, N, A) in states (S, O), and what SOM's critic says of them (S, N)."""
     proposals = {}
     for name, agent in agents.items():
-        trained_with = agent.args
-        agent.args = replace(trained_with, best_of_n=num_candidates)
-        _, candidates = agent.act(obs)
-        agent.args = trained_with
+        candidates = candidates_of(agent, obs, num_candidates)
         q = agents["SOM"].q_fn(obs, candidates)
         proposals[name] = (candidates.numpy(), q.numpy())
     return proposals
@@ -186,9 +277,156 @@ def tsne_picture(proposals, title, seed, path):
     return numbers
 
 
+def schedule(t, args):
+    """The run's, as in som.actor_loss."""
+    if args.reference != "uniform":
+        return som.cosine_schedule(t)
+    if args.sde == "vp":
+        return som.vp_schedule(t, args.beta_min, args.beta_max)
+    return som.ve_schedule(t)
+
+
+def velocity(q_fn, obs, a_t, t, mc_eps, alpha, args):
+    """What som.actor_loss regresses u(a_t, t, t, s) on (B, A), and the logits alpha Q (B, K).
+
+    a_t: (B, A). t: (B, 1). mc_eps: (B, K, A) normal.
+    """
+    mu, sigma, f, g2 = schedule(t, args)
+    inputs = (q_fn, obs, a_t, mu, sigma, mc_eps, alpha)
+    if args.reference == "box":
+        score, logits = som.estimate_box_score(*inputs, args.q_norm)
+    else:
+        score, logits = som.estimate_score(*inputs, args.reference, args.q_norm)
+    score_scale = args.score_scale if args.reference == "uniform" else None
+    return som.pf_ode_velocity(a_t, score, f, g2, score_scale), logits
+
+
+def mc_noise(B, K, A, kind):
+    """The noise of the score (B, K, A), as in som.Agent.update_actor. The lattice of a JAX run has other points."""
+    if kind == "normal":
+        return torch.randn(B, K, A)
+    points = torch.quasirandom.SobolEngine(A, scramble=True, seed=0).draw(K)
+    return som.lattice_noise(points, torch.rand(B, 1, A))
+
+
+def q_divisor(agent, pool, K, num_updates=20):
+    """What som.normalise divides Q by in updates on the states that SOM meets: one number.
+
+    It is a mean over all times. In an ODE all candidates have one time, and would have a divisor of their own, which
+    is small near t = 0, where the samples are close together.
+    """
+    without_norm = replace(agent.args, q_norm=None)
+    divisors = []
+    for _ in range(num_updates):
+        obs = pool[torch.randint(len(pool), (agent.args.batch_size,))]
+        actions, _ = agent.act(obs, explore=True)  # what the replay buffer gets in these states
+        _, t = som.sample_r_t(torch.rand(len(obs), 2))
+        mu, sigma, _, _ = schedule(t, agent.args)
+        a_t = mu * actions + sigma * torch.randn_like(actions)
+        eps = mc_noise(len(obs), K, agent.act_dim, agent.args.mc_noise)
+        _, q = velocity(agent.score_q_fn, obs, a_t, t, eps, 1.0, without_norm)  # with alpha = 1 the logits are Q
+        divisors.append(q.norm() / som.normalise(q, agent.args.q_norm).norm())
+    return torch.stack(divisors).mean()
+
+
+def follow(u_fn, a_t, num_steps):
+    """Noise at t = 1 taken to t = 0 by a_r = a_t - (t - r) u_fn(a_t, r, t), into the box as SOM's actions are."""
+    times = torch.linspace(1, 0, num_steps + 1).tolist()
+    for time, next_time in pairwise(times):
+        t = torch.full_like(a_t[..., :1], time)
+        r = torch.full_like(t, next_time)
+        a_t = a_t - (t - r) * u_fn(a_t, r, t)
+    return a_t.clamp(-1, 1)
+
+
+def pf_ode(agent, obs, noise, pool, K, num_steps):
+    """Actions (S, N, A) at the end of the probability-flow ODE of the field that the actor is regressed on.
+
+    The Monte-Carlo noise is new in every step: the regression learns the field's mean over it.
+    """
+    without_norm = replace(agent.args, q_norm=None)
+    alpha = agent.args.inverse_temperature / agent.log_lambda.exp() / q_divisor(agent, pool, K)
+
+    def u_fn(a_t, r, t):
+        eps = mc_noise(*a_t.shape[:1], K, agent.act_dim, agent.args.mc_noise)
+        v, _ = velocity(agent.score_q_fn, states, a_t, t, eps, alpha, without_norm)
+        return v
+
+    actions = []
+    for i in range(len(obs)):  # the samples of all states at once would take gigabytes
+        states = obs[i].expand(noise.shape[1], -1)  # (N, O)
+        actions.append(follow(u_fn, noise[i], num_steps))
+    return torch.stack(actions)
+
+
+def ascend(q_fn, obs, a, num_steps, step):
+    """Each action (S, N, A) at the highest Q that it meets on its way up Q, inside the box.
+
+    A step has this RMS over the action's coordinates; its length falls linearly to 0, so that it ends in a maximum.
+    What pushes against a face of the box has no part in it.
+    """
+
+    def total_q(a):
+        return q_fn(obs, a).sum()
+
+    best = a
+    best_q = q_fn(obs, a)
+    for i in range(num_steps):
+        gradient = torch.func.grad(total_q)(a)
+        gradient = torch.where((a.abs() >= 1) & (a * gradient > 0), 0, gradient)
+        length = gradient.square().mean(dim=-1, keepdim=True).sqrt() + 1e-6
+        a = (a + (1 - i / num_steps) * step * gradient / length).clamp(-1, 1)
+        q = q_fn(obs, a)
+        best = torch.where((q > best_q).unsqueeze(-1), a, best)
+        best_q = torch.maximum(q, best_q)
+    return best
+
+
+@torch.no_grad()
+def take_apart(agents, obs, pool, num_candidates, ode_steps, ascent_steps):
+    """Actions (S, N, A) by the name of what proposes them in states (S, O)."""
+    agent = agents["SOM"]
+    noise = torch.randn(len(obs), num_candidates, agent.act_dim)  # shared by all that start from noise
+    rows = {}
+    for num_steps in NETWORK_STEPS:
+        name = "one step" if num_steps == 1 else f"{num_steps} steps"
+        rows[name] = follow(partial(agent.acting_actor, obs), noise, num_steps)
+    for K in sorted({agent.args.num_mc_samples, MANY_MC_SAMPLES}):
+        rows[f"PF-ODE, K = {K}"] = pf_ode(agent, obs, noise, pool, K, ode_steps)
+    rows["uniform actions"] = 2 * torch.rand_like(noise) - 1
+    for start in ("one step", "uniform actions"):
+        rows[f"{start}, ascent"] = ascend(agent.q_fn, obs, rows[start], ascent_steps, agent.args.ascent_step)
+    if "MFP" in agents:
+        rows["MFP, one step"] = candidates_of(agents["MFP"], obs, num_candidates)
+    return rows
+
+
+@torch.no_grad()
+def spread(q_fn, obs, actions):
+    """Means over the states (S, O) of what Q and the actions (S, N, A) are over a state's candidates."""
+    q = q_fn(obs, actions)  # (S, N)
+    numbers = {
+        "mean of Q": q.mean(),
+        "std of Q": q.std(dim=1, correction=0).mean(),
+        "Q of the best": q.amax(dim=1).mean(),
+        "std of a coordinate": actions.std(dim=1, correction=0).mean(),
+        "share saturated": (actions.abs() > 0.99).float().mean(),
+    }
+    return {label: value.item() for label, value in numbers.items()}
+
+
+def print_table(rows):
+    width = max(len(name) for name in rows)
+    labels = list(next(iter(rows.values())))
+    print(" " * width, *labels, sep="  ")
+    for name, numbers in rows.items():
+        cells = [f"{numbers[label]:{len(label)}.3f}" for label in labels]
+        print(f"{name:{width}}", *cells, sep="  ")
+
+
 def check_args(args):
-    """Both agents; one line and exit code 2 where there is nothing to analyse."""
-    lowest = {"seed": 0, "num_candidates": 2, "tsne_candidates": 2}
+    """The agents; one line and exit code 2 where there is nothing to analyse."""
+    lowest = {"seed": 0, "som_seed": 0, "num_candidates": 2, "tsne_candidates": 2}
     for name, value in vars(args).items():
         if isinstance(value, int) and value < lowest.get(name, 1):
             flag = name.replace("_", "-")
@@ -197,7 +435,10 @@ def check_args(args):
         som.exit_with_error("--num-states must be <= --rollout-steps")
     if args.out.exists() and not args.out.is_dir():
         som.exit_with_error(f"--out {args.out} is not a folder")
-    agents = {"SOM": load_agent(som, args.som), "MFP": load_agent(mfp, args.mfp)}
+    agents = {"SOM": load_som(args.som, args.som_seed)}
+    if args.mfp is None:
+        return agents
+    agents["MFP"] = load_agent(mfp, args.mfp)
     of_som = agents["SOM"].args.env_id
     of_mfp = agents["MFP"].args.env_id
     if of_som != of_mfp:
@@ -214,18 +455,25 @@ if __name__ == "__main__":
     env_id = acting.env_id
     pool = rollout(agents["SOM"], args.rollout_steps, args.seed)
     states = np.random.default_rng(args.seed).choice(len(pool), args.num_states, replace=False)
-    for_boxes = propose(agents, pool[states], args.num_candidates)
-    consecutive = rollout(agents["SOM"], args.tsne_steps, args.seed)
-    for_tsne = propose(agents, consecutive, args.tsne_candidates)
-    options = {name: value if isinstance(value, int) else str(value) for name, value in vars(args).items()}
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     numbers = {
         "env_id": env_id,
         "options": options,
         "Q": f"SOM's critic, {acting.policy_q} of the twins, of rewards times {acting.reward_scale}",
-        "box plots": box_plots(for_boxes, f"{env_id}, {args.num_states} states", args.out / "box_plots.png"),
-        "t-SNE": tsne_picture(for_tsne, f"{env_id}, {args.tsne_steps} states", args.seed, args.out / "tsne.png"),
     }
+    if "MFP" in agents:
+        for_boxes = propose(agents, pool[states], args.num_candidates)
+        consecutive = rollout(agents["SOM"], args.tsne_steps, args.seed)
+        for_tsne = propose(agents, consecutive, args.tsne_candidates)
+        title = f"{env_id}, {args.num_states} states"
+        numbers["box plots"] = box_plots(for_boxes, title, args.out / "box_plots.png")
+        title = f"{env_id}, {args.tsne_steps} states"
+        numbers["t-SNE"] = tsne_picture(for_tsne, title, args.seed, args.out / "tsne.png")
+        for label, values in numbers["box plots"].items():
+            print(f"{label:10} SOM {values['SOM']['mean']:.4g}, MFP {values['MFP']['mean']:.4g}")
+    torch.manual_seed(args.seed)  # the same noise with MFP and without
+    rows = take_apart(agents, pool[states], pool, args.num_candidates, args.ode_steps, args.ascent_steps)
+    numbers["spread"] = {name: spread(agents["SOM"].q_fn, pool[states], actions) for name, actions in rows.items()}
     (args.out / "policy_analysis.json").write_text(json.dumps(numbers, indent=2))
-    for label, values in numbers["box plots"].items():
-        print(f"{label:10} SOM {values['SOM']['mean']:.4g}, MFP {values['MFP']['mean']:.4g}")
+    print_table(numbers["spread"])
     print(f"written to {args.out}")
