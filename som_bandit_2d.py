@@ -78,6 +78,7 @@ class Args:
     reference: Literal["uniform", "prior", "box"] = "prior"  # of p_0 ~ exp(alpha Q): 1 (the paper), N(0, I), the box
     inverse_temperature: float = 10.0  # alpha
     num_mc_samples: int = 128  # Monte-Carlo samples of the score (K)
+    climb_steps: int = 0  # with --reference box: steps of the samples to the peaks that they are near
     estimator: Literal["mixed", "gradient"] = "mixed"  # mix_score; # differs from the paper: gradient
     score_scale: float = 10.0  # w of Eq 8, uniform only; # differs from the paper: 25
     beta_max: float = 1.0  # beta(1) of the VP schedule, uniform only; beta(0) is 0.1
@@ -234,13 +235,13 @@ def cosine_schedule(t):
     return torch.cos(angle), torch.sin(angle), -0.5 * beta, beta
 
 
-def normalise(q, q_norm):
-    """Q (B, K) divided by one number: its std over B and K ("batch"), the mean of its stds over K ("state")."""
+def q_scale(q, q_norm):
+    """The number that Q (B, K) is divided by: its std over B and K ("batch"), or the mean of those over K ("state")."""
     if q_norm == "batch":
-        return q / (q.std().detach() + 1e-6)
+        return q.std().detach() + 1e-6
     if q_norm == "state":
-        return q / (q.std(dim=1).mean().detach() + 1e-6)
-    return q
+        return q.std(dim=1).mean().detach() + 1e-6
+    return 1.0
 
 
 def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q_norm=None, clip=True):
@@ -248,7 +249,7 @@ def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q
 
     q_fn: (B, O), (B, K, A) -> (B, K). a_t: (B, A). mu, sigma: (B, 1). eps: (B, K, A) normal.
     reference: p_0 ~ exp(alpha Q) ("uniform") or N(0, I) exp(alpha Q) ("prior", beyond the paper).
-    q_norm: as in normalise. clip: evaluate Q inside [-1, 1]^A only, where it was trained; the gradient outside is zero.
+    q_norm: as in q_scale. clip: evaluate Q inside [-1, 1]^A only, where it was trained; the gradient outside is zero.
     """
 
     def log_sum_exp(a_t):
@@ -260,7 +261,7 @@ def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q
             std = sigma
         a_0 = center.unsqueeze(1) + std.unsqueeze(1) * eps  # (B, K, A)
         q = q_fn(obs, a_0.clamp(-1, 1) if clip else a_0)  # (B, K)
-        logits = alpha * normalise(q, q_norm)
+        logits = alpha * q / q_scale(q, q_norm)
         return torch.logsumexp(logits, dim=1).sum(), logits
 
     # func.grad differentiates under no_grad too, which only avoids a graph to the critic's weights
@@ -320,7 +321,8 @@ def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_
     a_0 = truncated_normal(eps, a_t / mu, sigma / mu, half_width)  # (B, K, A)
 
     def log_sum_exp(a_0):
-        logits = alpha * normalise(q_fn(obs, a_0), q_norm)  # (B, K)
+        q = q_fn(obs, a_0)  # (B, K)
+        logits = alpha * q / q_scale(q, q_norm)
         return torch.logsumexp(logits, dim=1).sum(), logits
 
     with torch.no_grad():
@@ -334,6 +336,52 @@ def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_
     share = sigma**2 / (sigma**2 + local_variance * mu**2)
     m = share * weighted_mean + (1 - share) * climbed
     return (mu * m - a_t) / sigma.clamp(min=1e-3) ** 2, logits
+
+
+def climb(log_density, a, rate, num_steps, half_width=1.0):
+    """Actions (B, K, A) moved up log_density, (B, K, A) -> (B, K), inside the box (beyond the paper).
+
+    A step is rate (B, 1) times the gradient. Its length, RMS over the coordinates, is limited: at first to
+    half_width / 2, to a share of it that falls linearly in the next steps.
+    """
+
+    def total(a):
+        return log_density(a).sum()
+
+    for i in range(num_steps):
+        gradient = torch.func.grad(total)(a)
+        # a coordinate that pushes against a face of the box has come to its end
+        at_its_end = (a.abs() >= half_width) & (a * gradient > 0)
+        gradient = torch.where(at_its_end, 0.0, gradient)
+        length = gradient.square().mean(dim=-1, keepdim=True).sqrt() + 1e-6
+        limit = 0.5 * half_width * (1 - i / num_steps)
+        a = a + torch.minimum(rate.unsqueeze(1), limit / length) * gradient
+        a = a.clamp(-half_width, half_width)
+    return a
+
+
+def estimate_peak_score(q_fn, obs, a_t, mu, sigma, eps, alpha, num_steps, q_norm=None, half_width=1.0):
+    """As estimate_box_score, for an alpha so large that few of K samples count (beyond the paper).
+
+    What a_0 can be given a_t, exp(alpha Q(a_0)) N(a_t; mu a_0, sigma^2), is narrow then around its peaks.
+    The samples climb them, and m is the mean of the peaks, weighted by their heights.
+    """
+    variance = sigma.clamp(min=1e-3) ** 2
+    a_0 = truncated_normal(eps, a_t / mu, sigma / mu, half_width)  # (B, K, A)
+
+    def log_posterior(a_0):
+        errors = a_t.unsqueeze(1) - mu.unsqueeze(1) * a_0
+        log_likelihood = -0.5 * errors.square().sum(dim=-1) / variance
+        return alpha * q_fn(obs, a_0) / scale + log_likelihood  # (B, K)
+
+    with torch.no_grad():
+        scale = q_scale(q_fn(obs, a_0), q_norm)
+        # at this rate one step ends at the peak if Q is linear
+        a_0 = climb(log_posterior, a_0, variance / mu**2, num_steps, half_width)
+        logits = log_posterior(a_0)
+    weights = logits.softmax(dim=1).unsqueeze(-1)  # (B, K, 1)
+    m = (weights * a_0).sum(dim=1)  # (B, A)
+    return (mu * m - a_t) / variance, logits
 
 
 def lattice_noise(points, shift):
@@ -455,7 +503,9 @@ class Agent:
         alpha = args.inverse_temperature
         path = (a_t, mu, sigma, eps)
         local_var = self.bandit.std**2 / alpha  # of exp(alpha Q) around a mode
-        if args.reference == "box":
+        if args.climb_steps > 0:
+            score, _ = estimate_peak_score(self.q_fn, obs, *path, alpha, args.climb_steps, None, BOX)
+        elif args.reference == "box":
             score, _ = estimate_box_score(self.q_fn, obs, *path, alpha, None, BOX, local_var)
         else:
             score, logits = estimate_score(self.q_fn, obs, *path, alpha, args.reference, clip=False)
@@ -715,7 +765,7 @@ def exit_with_error(message, code=2):
 def check_args(args):
     """An error for values that cannot work."""
     may_be_zero = ["seed", "learning_starts", "noise_scale", "zero_r_ratio"]
-    may_be_zero += ["reward_noise", "bump_scale"]
+    may_be_zero += ["reward_noise", "bump_scale", "climb_steps"]
     for name, value in asdict(args).items():
         if type(value) in (int, float):
             lowest = {"total_updates": 100, "beta_max": 0.1}.get(name, 0)
@@ -730,6 +780,7 @@ def check_args(args):
     is_uniform = args.reference == "uniform"
     rules = {
         "--score-scale, --beta-max need --reference uniform": is_uniform or has_default_field,
+        "--climb-steps needs --reference box": args.climb_steps == 0 or args.reference == "box",
         "--estimator gradient needs --reference uniform or prior": args.estimator == "mixed" or args.reference != "box",
         "--reward-noise, --bump-scale need the learned critic": not (is_perturbed and args.oracle_critic),
         "--bump-std needs --bump-scale": args.bump_scale > 0 or args.bump_std == Args.bump_std,

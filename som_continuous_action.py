@@ -50,7 +50,7 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-CHECKPOINT_FORMAT = "som_continuous_action.py, checkpoints of version 3"
+CHECKPOINT_FORMAT = "som_continuous_action.py, checkpoints of version 4"
 Batch = namedtuple("Batch", "obs next_obs actions rewards terminated")
 
 
@@ -93,14 +93,13 @@ class Args:
     sde: Literal["vp", "ve"] = "vp"  # variance preserving (Eq 1), or exploding (Appendix B)
     num_mc_samples: int = 100  # Monte-Carlo samples of the score (K)
     mc_noise: Literal["normal", "lattice"] = "normal"  # independent, or one Sobol set, shifted
+    climb_steps: int = 0  # with --reference box: steps of the samples to the peaks that they are near
     score_dtype: Literal["float32", "bfloat16"] = "float32"  # of hidden layers in the score
     best_of_n: int = 32  # candidate actions in acting and bootstrapping (N)
     policy_q: Literal["mean", "min"] = "mean"  # of the twins, in the score and best-of-N
     q_norm: Literal["batch", "state"] = "state"  # std under Q  # differs from the paper: batch
     inverse_temperature: float = 5.0  # of the target: alpha = inverse_temperature / lambda
     score_scale: float = 25.0  # norm of the rescaled score of Eq 8 (w)
-    ascent_weight: float = 0.0  # of the one-step actions' own ascent of Q, in the policy's loss
-    ascent_step: float = 0.1  # length of that ascent, RMS over the action's coordinates
     beta_min: float = 0.1  # beta(0) of the VP schedule
     beta_max: float = 1.0  # beta(1) of the VP schedule; the paper prints none
     zero_r_ratio: float = 0.5  # share of r = 0, as in acting  # differs from the paper: 0
@@ -231,13 +230,13 @@ def ve_schedule(t, sigma_min=0.01, sigma_max=1.0):
     return torch.ones_like(t), sigma, torch.zeros_like(t), g2
 
 
-def normalise(q, q_norm):
-    """Q (B, K) divided by one number: its std over B and K ("batch"), the mean of its stds over K ("state")."""
+def q_scale(q, q_norm):
+    """The number that Q (B, K) is divided by: its std over B and K ("batch"), or the mean of those over K ("state")."""
     if q_norm == "batch":
-        return q / (q.std().detach() + 1e-6)
+        return q.std().detach() + 1e-6
     if q_norm == "state":
-        return q / (q.std(dim=1).mean().detach() + 1e-6)
-    return q
+        return q.std(dim=1).mean().detach() + 1e-6
+    return 1.0
 
 
 def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q_norm=None, clip=True):
@@ -245,7 +244,7 @@ def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q
 
     q_fn: (B, O), (B, K, A) -> (B, K). a_t: (B, A). mu, sigma: (B, 1). eps: (B, K, A) normal.
     reference: p_0 ~ exp(alpha Q) ("uniform") or N(0, I) exp(alpha Q) ("prior", beyond the paper).
-    q_norm: as in normalise. clip: evaluate Q inside [-1, 1]^A only, where it was trained; the gradient outside is zero.
+    q_norm: as in q_scale. clip: evaluate Q inside [-1, 1]^A only, where it was trained; the gradient outside is zero.
     """
 
     def log_sum_exp(a_t):
@@ -257,7 +256,7 @@ def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q
             std = sigma
         a_0 = center.unsqueeze(1) + std.unsqueeze(1) * eps  # (B, K, A)
         q = q_fn(obs, a_0.clamp(-1, 1) if clip else a_0)  # (B, K)
-        logits = alpha * normalise(q, q_norm)
+        logits = alpha * q / q_scale(q, q_norm)
         return torch.logsumexp(logits, dim=1).sum(), logits
 
     # func.grad differentiates under no_grad too, which only avoids a graph to the critic's weights
@@ -298,7 +297,8 @@ def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_
     a_0 = truncated_normal(eps, a_t / mu, sigma / mu, half_width)  # (B, K, A)
 
     def log_sum_exp(a_0):
-        logits = alpha * normalise(q_fn(obs, a_0), q_norm)  # (B, K)
+        q = q_fn(obs, a_0)  # (B, K)
+        logits = alpha * q / q_scale(q, q_norm)
         return torch.logsumexp(logits, dim=1).sum(), logits
 
     with torch.no_grad():
@@ -312,6 +312,52 @@ def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_
     share = sigma**2 / (sigma**2 + local_variance * mu**2)
     m = share * weighted_mean + (1 - share) * climbed
     return (mu * m - a_t) / sigma.clamp(min=1e-3) ** 2, logits
+
+
+def climb(log_density, a, rate, num_steps, half_width=1.0):
+    """Actions (B, K, A) moved up log_density, (B, K, A) -> (B, K), inside the box (beyond the paper).
+
+    A step is rate (B, 1) times the gradient. Its length, RMS over the coordinates, is limited: at first to
+    half_width / 2, to a share of it that falls linearly in the next steps.
+    """
+
+    def total(a):
+        return log_density(a).sum()
+
+    for i in range(num_steps):
+        gradient = torch.func.grad(total)(a)
+        # a coordinate that pushes against a face of the box has come to its end
+        at_its_end = (a.abs() >= half_width) & (a * gradient > 0)
+        gradient = torch.where(at_its_end, 0.0, gradient)
+        length = gradient.square().mean(dim=-1, keepdim=True).sqrt() + 1e-6
+        limit = 0.5 * half_width * (1 - i / num_steps)
+        a = a + torch.minimum(rate.unsqueeze(1), limit / length) * gradient
+        a = a.clamp(-half_width, half_width)
+    return a
+
+
+def estimate_peak_score(q_fn, obs, a_t, mu, sigma, eps, alpha, num_steps, q_norm=None, half_width=1.0):
+    """As estimate_box_score, for an alpha so large that few of K samples count (beyond the paper).
+
+    What a_0 can be given a_t, exp(alpha Q(a_0)) N(a_t; mu a_0, sigma^2), is narrow then around its peaks.
+    The samples climb them, and m is the mean of the peaks, weighted by their heights.
+    """
+    variance = sigma.clamp(min=1e-3) ** 2
+    a_0 = truncated_normal(eps, a_t / mu, sigma / mu, half_width)  # (B, K, A)
+
+    def log_posterior(a_0):
+        errors = a_t.unsqueeze(1) - mu.unsqueeze(1) * a_0
+        log_likelihood = -0.5 * errors.square().sum(dim=-1) / variance
+        return alpha * q_fn(obs, a_0) / scale + log_likelihood  # (B, K)
+
+    with torch.no_grad():
+        scale = q_scale(q_fn(obs, a_0), q_norm)
+        # at this rate one step ends at the peak if Q is linear
+        a_0 = climb(log_posterior, a_0, variance / mu**2, num_steps, half_width)
+        logits = log_posterior(a_0)
+    weights = logits.softmax(dim=1).unsqueeze(-1)  # (B, K, 1)
+    m = (weights * a_0).sum(dim=1)  # (B, A)
+    return (mu * m - a_t) / variance, logits
 
 
 def lattice_noise(points, shift):
@@ -354,26 +400,6 @@ def best_of_n(u_fn, q_fn, obs, noise):
     candidates = (noise - u_fn(obs, noise, r, t)).clamp(-1, 1)
     best = q_fn(obs, candidates).argmax(dim=1)  # (B,)
     return candidates[torch.arange(len(obs), device=obs.device), best], candidates
-
-
-def ascent_loss(u_fn, q_fn, obs, noise, step):
-    """Squared distance (B, N), in steps, of one-step actions from better ones (beyond the paper).
-
-    Better are the actions of noise (B, N, A) after a step up the gradient of Q, inside the box. Where the
-    box leaves room, the loss has the gradient of -2 Q / step, Q in units that make its slope's RMS 1.
-    """
-    r = torch.zeros_like(noise[..., :1])  # (B, N, 1)
-    a = noise - u_fn(obs, noise, r, torch.ones_like(r))
-
-    def total_q(a):
-        return q_fn(obs, a).sum()
-
-    with torch.no_grad():
-        start = a.clamp(-1, 1)
-        gradient = torch.func.grad(total_q)(start)
-        length = gradient.square().mean().sqrt() + 1e-6  # one number: where Q is flat, the step is short
-        better = (start + step * gradient / length).clamp(-1, 1)
-    return ((a - better) / step).square().sum(dim=-1)
 
 
 def critic_loss(q_twins, target_q_twins, batch, next_actions, args):
@@ -445,7 +471,9 @@ def actor_loss(u_fn, q_fn, batch, uniform, eps, mc_eps, alpha, args):
         mu, sigma, f, g2 = ve_schedule(t)
     a_t = mu * batch.actions + sigma * eps
     inputs = (q_fn, batch.obs, a_t, mu, sigma, mc_eps, alpha)
-    if args.reference == "box":
+    if args.reference == "box" and args.climb_steps > 0:
+        score, logits = estimate_peak_score(*inputs, args.climb_steps, args.q_norm)
+    elif args.reference == "box":
         score, logits = estimate_box_score(*inputs, args.q_norm)
     else:
         score, logits = estimate_score(*inputs, args.reference, args.q_norm)
@@ -502,7 +530,6 @@ class Agent(nn.Module):
         self.critic_loss = compile_(critic_loss)
         self.distributional_critic_loss = compile_(distributional_critic_loss)
         self.actor_loss = compile_(actor_loss)
-        self.ascent_loss = compile_(ascent_loss)
 
     def q_fn(self, obs, a, hidden_dtype=None):
         """What best-of-N and the score see of the twins: (B, N)."""
@@ -555,11 +582,6 @@ class Agent(nn.Module):
             mc_eps = lattice_noise(self.sobol, torch.rand(B, 1, A, device=self.device))
         alpha = args.inverse_temperature / self.log_lambda.detach().exp()
         loss, info = self.actor_loss(self.actor, self.score_q_fn, batch, uniform, eps, mc_eps, alpha, args)
-        if args.ascent_weight > 0:
-            noise = torch.randn(B, 1, A, device=self.device)
-            ascents = self.ascent_loss(self.actor, self.q_fn, batch.obs, noise, args.ascent_step)
-            info["losses/ascent_loss"] = ascents.detach().mean()
-            loss = loss + args.ascent_weight * ascents.mean()
         self.descend("actor", loss)
         soft_update(self.target_critic, self.critic, args.tau)
         soft_update(self.acting_actor, self.actor, args.policy_tau)
@@ -733,7 +755,7 @@ def exit_with_error(message, code=2):
 
 def check_args(args):
     """An error for values that cannot work."""
-    may_be_zero = "seed learning_starts gamma zero_r_ratio noise_scale target_entropy ascent_weight".split()
+    may_be_zero = "seed learning_starts gamma zero_r_ratio noise_scale target_entropy climb_steps".split()
     for name, value in asdict(args).items():
         if type(value) in (int, float):
             lowest = {"target_entropy": -math.inf, "num_mc_samples": 2}.get(name, 0)
@@ -752,6 +774,7 @@ def check_args(args):
         "--buffer-size must be at least --num-envs": args.buffer_size >= args.num_envs,
         "--noise-scale 0 needs --no-autotune": args.noise_scale > 0 or not args.autotune,
         f"--reference {args.reference} needs --sde vp": args.reference == "uniform" or args.sde == "vp",
+        "--climb-steps needs --reference box": args.climb_steps == 0 or args.reference == "box",
         "--device gpu: PyTorch finds no GPU": args.device != "gpu" or torch.cuda.is_available(),
         "--track needs wandb": not args.track or util.find_spec("wandb"),
         "--capture-video needs moviepy": not args.capture_video or util.find_spec("moviepy"),

@@ -54,7 +54,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer import event_file_writer
 from tqdm import tqdm
 
-CHECKPOINT_FORMAT = "som_continuous_action_jax.py, checkpoints of version 3"
+CHECKPOINT_FORMAT = "som_continuous_action_jax.py, checkpoints of version 4"
 MATMUL_PRECISIONS = {"high": "default", "highest": "highest"}  # JAX's default is TF32 on a GPU
 Batch = namedtuple("Batch", "obs next_obs actions rewards terminated")
 # what an agent is; networks are lists of layers, a layer is (weights, biases)
@@ -102,14 +102,13 @@ class Args:
     sde: Literal["vp", "ve"] = "vp"  # variance preserving (Eq 1), or exploding (Appendix B)
     num_mc_samples: int = 100  # Monte-Carlo samples of the score (K)
     mc_noise: Literal["normal", "lattice"] = "normal"  # independent, or one Sobol set, shifted
+    climb_steps: int = 0  # with --reference box: steps of the samples to the peaks that they are near
     score_dtype: Literal["float32", "bfloat16"] = "float32"  # of hidden layers in the score
     best_of_n: int = 32  # candidate actions in acting and bootstrapping (N)
     policy_q: Literal["mean", "min"] = "mean"  # of the twins, in the score and best-of-N
     q_norm: Literal["batch", "state"] = "state"  # std under Q  # differs from the paper: batch
     inverse_temperature: float = 5.0  # of the target: alpha = inverse_temperature / lambda
     score_scale: float = 25.0  # norm of the rescaled score of Eq 8 (w)
-    ascent_weight: float = 0.0  # of the one-step actions' own ascent of Q, in the policy's loss
-    ascent_step: float = 0.1  # length of that ascent, RMS over the action's coordinates
     beta_min: float = 0.1  # beta(0) of the VP schedule
     beta_max: float = 1.0  # beta(1) of the VP schedule; the paper prints none
     zero_r_ratio: float = 0.5  # share of r = 0, as in acting  # differs from the paper: 0
@@ -244,14 +243,13 @@ def ve_schedule(t, sigma_min=0.01, sigma_max=1.0):
     return jnp.ones_like(t), sigma, jnp.zeros_like(t), g2
 
 
-def normalise(q, q_norm):
-    """Q (B, K) divided by one number: its std over B and K ("batch"), the mean of its stds over K ("state")."""
+def q_scale(q, q_norm):
+    """The number that Q (B, K) is divided by: its std over B and K ("batch"), or the mean of those over K ("state")."""
     if q_norm == "batch":
-        return q / (stop_gradient(q.std(ddof=1)) + 1e-6)
+        return stop_gradient(q.std(ddof=1)) + 1e-6
     if q_norm == "state":
-        std_of_states = q.std(axis=1, ddof=1)  # (B,)
-        return q / (stop_gradient(std_of_states.mean()) + 1e-6)
-    return q
+        return stop_gradient(q.std(axis=1, ddof=1).mean()) + 1e-6
+    return 1.0
 
 
 def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q_norm=None, clip=True):
@@ -259,7 +257,7 @@ def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q
 
     q_fn: (B, O), (B, K, A) -> (B, K). a_t: (B, A). mu, sigma: (B, 1). eps: (B, K, A) normal.
     reference: p_0 ~ exp(alpha Q) ("uniform") or N(0, I) exp(alpha Q) ("prior", beyond the paper).
-    q_norm: as in normalise. clip: evaluate Q inside [-1, 1]^A only, where it was trained; the gradient outside is zero.
+    q_norm: as in q_scale. clip: evaluate Q inside [-1, 1]^A only, where it was trained; the gradient outside is zero.
     """
 
     def log_sum_exp(a_t):
@@ -271,7 +269,7 @@ def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q
             std = sigma
         a_0 = center[:, None] + std[:, None] * eps  # (B, K, A)
         q = q_fn(obs, jnp.clip(a_0, -1, 1) if clip else a_0)  # (B, K)
-        logits = alpha * normalise(q, q_norm)
+        logits = alpha * q / q_scale(q, q_norm)
         return jax.nn.logsumexp(logits, axis=1).sum(), logits
 
     score, logits = jax.grad(log_sum_exp, has_aux=True)(a_t)
@@ -307,7 +305,8 @@ def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_
     a_0 = truncated_normal(eps, a_t / mu, sigma / mu, half_width)  # (B, K, A)
 
     def log_sum_exp(a_0):
-        logits = alpha * normalise(q_fn(obs, a_0), q_norm)  # (B, K)
+        q = q_fn(obs, a_0)  # (B, K)
+        logits = alpha * q / q_scale(q, q_norm)
         return jax.nn.logsumexp(logits, axis=1).sum(), logits
 
     gradients, logits = jax.grad(log_sum_exp, has_aux=True)(a_0)  # (B, K, A), weighted
@@ -321,6 +320,51 @@ def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_
     m = share * weighted_mean + (1 - share) * climbed
     score = (mu * m - a_t) / jnp.maximum(sigma, 1e-3) ** 2
     return stop_gradient((score, logits))
+
+
+def climb(log_density, a, rate, num_steps, half_width=1.0):
+    """Actions (B, K, A) moved up log_density, (B, K, A) -> (B, K), inside the box (beyond the paper).
+
+    A step is rate (B, 1) times the gradient. Its length, RMS over the coordinates, is limited: at first to
+    half_width / 2, to a share of it that falls linearly in the next steps.
+    """
+
+    def total(a):
+        return log_density(a).sum()
+
+    for i in range(num_steps):
+        gradient = jax.grad(total)(a)
+        # a coordinate that pushes against a face of the box has come to its end
+        at_its_end = (jnp.abs(a) >= half_width) & (a * gradient > 0)
+        gradient = jnp.where(at_its_end, 0.0, gradient)
+        length = jnp.sqrt(jnp.square(gradient).mean(axis=-1, keepdims=True)) + 1e-6
+        limit = 0.5 * half_width * (1 - i / num_steps)
+        a = a + jnp.minimum(rate[:, None], limit / length) * gradient
+        a = jnp.clip(a, -half_width, half_width)
+    return a
+
+
+def estimate_peak_score(q_fn, obs, a_t, mu, sigma, eps, alpha, num_steps, q_norm=None, half_width=1.0):
+    """As estimate_box_score, for an alpha so large that few of K samples count (beyond the paper).
+
+    What a_0 can be given a_t, exp(alpha Q(a_0)) N(a_t; mu a_0, sigma^2), is narrow then around its peaks.
+    The samples climb them, and m is the mean of the peaks, weighted by their heights.
+    """
+    variance = jnp.maximum(sigma, 1e-3) ** 2
+    a_0 = truncated_normal(eps, a_t / mu, sigma / mu, half_width)  # (B, K, A)
+
+    def log_posterior(a_0):
+        errors = a_t[:, None] - mu[:, None] * a_0
+        log_likelihood = -0.5 * jnp.square(errors).sum(axis=-1) / variance
+        return alpha * q_fn(obs, a_0) / scale + log_likelihood  # (B, K)
+
+    scale = q_scale(q_fn(obs, a_0), q_norm)
+    # at this rate one step ends at the peak if Q is linear
+    a_0 = climb(log_posterior, a_0, variance / mu**2, num_steps, half_width)
+    logits = log_posterior(a_0)
+    weights = jax.nn.softmax(logits, axis=1)[..., None]  # (B, K, 1)
+    m = (weights * a_0).sum(axis=1)  # (B, A)
+    return stop_gradient(((mu * m - a_t) / variance, logits))
 
 
 def lattice_noise(points, shift):
@@ -370,25 +414,6 @@ def best_of_n(u_fn, q_fn, obs, noise):
     candidates = jnp.clip(noise - u_fn(obs, noise, r, t), -1, 1)
     best = q_fn(obs, candidates).argmax(axis=1)  # (B,)
     return candidates[jnp.arange(len(obs)), best], candidates
-
-
-def ascent_loss(u_fn, q_fn, obs, noise, step):
-    """Squared distance (B, N), in steps, of one-step actions from better ones (beyond the paper).
-
-    Better are the actions of noise (B, N, A) after a step up the gradient of Q, inside the box. Where the
-    box leaves room, the loss has the gradient of -2 Q / step, Q in units that make its slope's RMS 1.
-    """
-    r = jnp.zeros_like(noise[..., :1])  # (B, N, 1)
-    a = noise - u_fn(obs, noise, r, jnp.ones_like(r))
-
-    def total_q(a):
-        return q_fn(obs, a).sum()
-
-    start = stop_gradient(jnp.clip(a, -1, 1))
-    gradient = jax.grad(total_q)(start)
-    length = jnp.sqrt(jnp.square(gradient).mean()) + 1e-6  # one number: where Q is flat, the step is short
-    better = stop_gradient(jnp.clip(start + step * gradient / length, -1, 1))
-    return jnp.square((a - better) / step).sum(axis=-1)
 
 
 def critic_loss(q_twins, target_q_twins, batch, next_actions, args):
@@ -460,7 +485,9 @@ def actor_loss(u_fn, q_fn, batch, uniform, eps, mc_eps, alpha, args):
         mu, sigma, f, g2 = ve_schedule(t)
     a_t = mu * batch.actions + sigma * eps
     inputs = (q_fn, batch.obs, a_t, mu, sigma, mc_eps, alpha)
-    if args.reference == "box":
+    if args.reference == "box" and args.climb_steps > 0:
+        score, logits = estimate_peak_score(*inputs, args.climb_steps, args.q_norm)
+    elif args.reference == "box":
         score, logits = estimate_box_score(*inputs, args.q_norm)
     else:
         score, logits = estimate_score(*inputs, args.reference, args.q_norm)
@@ -575,7 +602,7 @@ def update_critic(state, batch, key, args):
 
 def update_actor(state, batch, key, args):
     """The policy, then all moving averages."""
-    times_key, eps_key, mc_key, ascent_key = jax.random.split(key, 4)
+    times_key, eps_key, mc_key = jax.random.split(key, 3)
     B, A = batch.actions.shape
     uniform = jax.random.uniform(times_key, (B, 2))
     eps = jax.random.normal(eps_key, (B, A))
@@ -585,18 +612,11 @@ def update_actor(state, batch, key, args):
         sobol = sobol_points(args.num_mc_samples, A)
         mc_eps = lattice_noise(sobol, jax.random.uniform(mc_key, (B, 1, A)))
     alpha = args.inverse_temperature / jnp.exp(state.log_lambda)
-    q_fn = partial(policy_q, state.critic, args=args)
-    score_q_fn = partial(q_fn, hidden_dtype=jnp.dtype(args.score_dtype))
+    q_fn = partial(policy_q, state.critic, args=args, hidden_dtype=jnp.dtype(args.score_dtype))
 
     def loss_fn(actor):
         u_fn = partial(meanflow_actor, actor)
-        loss, info = actor_loss(u_fn, score_q_fn, batch, uniform, eps, mc_eps, alpha, args)
-        if args.ascent_weight > 0:
-            noise = jax.random.normal(ascent_key, (B, 1, A))
-            ascents = ascent_loss(u_fn, q_fn, batch.obs, noise, args.ascent_step)
-            info["losses/ascent_loss"] = stop_gradient(ascents.mean())
-            loss = loss + args.ascent_weight * ascents.mean()
-        return loss, info
+        return actor_loss(u_fn, q_fn, batch, uniform, eps, mc_eps, alpha, args)
 
     state, info = descend(state, "actor", loss_fn, args)
     target_critic = optax.incremental_update(state.critic, state.target_critic, args.tau)
@@ -830,7 +850,7 @@ def exit_with_error(message, code=2):
 
 def check_args(args):
     """An error for values that cannot work."""
-    may_be_zero = "seed learning_starts gamma zero_r_ratio noise_scale target_entropy ascent_weight".split()
+    may_be_zero = "seed learning_starts gamma zero_r_ratio noise_scale target_entropy climb_steps".split()
     for name, value in asdict(args).items():
         if type(value) in (int, float):
             lowest = {"target_entropy": -math.inf, "num_mc_samples": 2}.get(name, 0)
@@ -849,6 +869,7 @@ def check_args(args):
         "--buffer-size must be at least --num-envs": args.buffer_size >= args.num_envs,
         "--noise-scale 0 needs --no-autotune": args.noise_scale > 0 or not args.autotune,
         f"--reference {args.reference} needs --sde vp": args.reference == "uniform" or args.sde == "vp",
+        "--climb-steps needs --reference box": args.climb_steps == 0 or args.reference == "box",
         "--device gpu: JAX finds no GPU": args.device != "gpu" or jax.default_backend() == "gpu",
         "--track needs wandb": not args.track or util.find_spec("wandb"),
         "--capture-video needs moviepy": not args.capture_video or util.find_spec("moviepy"),

@@ -18,7 +18,7 @@ pictures, only the spread.
   with K = 100; an ascent of Q from the one-step actions, and from uniform ones; uniform actions; MFP's.
   Wide in one step and tight in 16: the one-step fit is. Wide in 16 and tight by the ODE: the regression is.
   Wide by the ODE: with the run's K alone its estimate, with both the field. Ascents that end in unlike Q: Q has many
-  maxima. Tight in one step alone: the network is no flow, as where --ascent-weight outweighs the regression.
+  maxima. Tight in one step alone: the network is no flow.
 """
 
 import json
@@ -45,7 +45,7 @@ except ImportError as error:
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-JAX_CHECKPOINT_FORMAT = "som_continuous_action_jax.py, checkpoints of version 3"
+JAX_CHECKPOINT_FORMAT = "som_continuous_action_jax.py, checkpoints of version 4"
 NETWORK_STEPS = (1, 2, 4, 16)
 MANY_MC_SAMPLES = 100  # the paper's K
 
@@ -76,6 +76,8 @@ class AnalysisArgs:
     """Euler steps of the probability-flow ODE"""
     ascent_steps: int = 50
     """steps of the ascent of Q"""
+    ascent_step: float = 0.1
+    """length of the first of them, RMS over the action's coordinates"""
 
 
 def load_agent(script, path):
@@ -293,7 +295,9 @@ def velocity(q_fn, obs, a_t, t, mc_eps, alpha, args):
     """
     mu, sigma, f, g2 = schedule(t, args)
     inputs = (q_fn, obs, a_t, mu, sigma, mc_eps, alpha)
-    if args.reference == "box":
+    if args.reference == "box" and args.climb_steps > 0:
+        score, logits = som.estimate_peak_score(*inputs, args.climb_steps, args.q_norm)
+    elif args.reference == "box":
         score, logits = som.estimate_box_score(*inputs, args.q_norm)
     else:
         score, logits = som.estimate_score(*inputs, args.reference, args.q_norm)
@@ -310,12 +314,12 @@ def mc_noise(B, K, A, kind):
 
 
 def q_divisor(agent, pool, K, num_updates=20):
-    """What som.normalise divides Q by in updates on the states that SOM meets: one number.
+    """som.q_scale, which divides Q, in updates on the states that SOM meets: one number.
 
     It is a mean over all times. In an ODE all candidates have one time, and would have a divisor of their own, which
     is small near t = 0, where the samples are close together.
     """
-    without_norm = replace(agent.args, q_norm=None)
+    of_samples = replace(agent.args, q_norm=None, climb_steps=0)
     divisors = []
     for _ in range(num_updates):
         obs = pool[torch.randint(len(pool), (agent.args.batch_size,))]
@@ -324,9 +328,9 @@ def q_divisor(agent, pool, K, num_updates=20):
         mu, sigma, _, _ = schedule(t, agent.args)
         a_t = mu * actions + sigma * torch.randn_like(actions)
         eps = mc_noise(len(obs), K, agent.act_dim, agent.args.mc_noise)
-        _, q = velocity(agent.score_q_fn, obs, a_t, t, eps, 1.0, without_norm)  # with alpha = 1 the logits are Q
-        divisors.append(q.norm() / som.normalise(q, agent.args.q_norm).norm())
-    return torch.stack(divisors).mean()
+        _, q = velocity(agent.score_q_fn, obs, a_t, t, eps, 1.0, of_samples)  # with alpha = 1 the logits are Q
+        divisors.append(float(som.q_scale(q, agent.args.q_norm)))
+    return np.mean(divisors)
 
 
 def follow(u_fn, a_t, num_steps):
@@ -383,7 +387,7 @@ def ascend(q_fn, obs, a, num_steps, step):
 
 
 @torch.no_grad()
-def take_apart(agents, obs, pool, num_candidates, ode_steps, ascent_steps):
+def take_apart(agents, obs, pool, num_candidates, ode_steps, ascent_steps, ascent_step):
     """Actions (S, N, A) by the name of what proposes them in states (S, O)."""
     agent = agents["SOM"]
     noise = torch.randn(len(obs), num_candidates, agent.act_dim)  # shared by all that start from noise
@@ -395,7 +399,7 @@ def take_apart(agents, obs, pool, num_candidates, ode_steps, ascent_steps):
         rows[f"PF-ODE, K = {K}"] = pf_ode(agent, obs, noise, pool, K, ode_steps)
     rows["uniform actions"] = 2 * torch.rand_like(noise) - 1
     for start in ("one step", "uniform actions"):
-        rows[f"{start}, ascent"] = ascend(agent.q_fn, obs, rows[start], ascent_steps, agent.args.ascent_step)
+        rows[f"{start}, ascent"] = ascend(agent.q_fn, obs, rows[start], ascent_steps, ascent_step)
     if "MFP" in agents:
         rows["MFP, one step"] = candidates_of(agents["MFP"], obs, num_candidates)
     return rows
@@ -431,6 +435,8 @@ def check_args(args):
         if isinstance(value, int) and value < lowest.get(name, 1):
             flag = name.replace("_", "-")
             som.exit_with_error(f"--{flag} must be >= {lowest.get(name, 1)}, got {value}")
+    if not args.ascent_step > 0:
+        som.exit_with_error(f"--ascent-step must be > 0, got {args.ascent_step}")
     if args.num_states > args.rollout_steps:
         som.exit_with_error("--num-states must be <= --rollout-steps")
     if args.out.exists() and not args.out.is_dir():
@@ -472,7 +478,8 @@ if __name__ == "__main__":
         for label, values in numbers["box plots"].items():
             print(f"{label:10} SOM {values['SOM']['mean']:.4g}, MFP {values['MFP']['mean']:.4g}")
     torch.manual_seed(args.seed)  # the same noise with MFP and without
-    rows = take_apart(agents, pool[states], pool, args.num_candidates, args.ode_steps, args.ascent_steps)
+    lengths = (args.ode_steps, args.ascent_steps, args.ascent_step)
+    rows = take_apart(agents, pool[states], pool, args.num_candidates, *lengths)
     numbers["spread"] = {name: spread(agents["SOM"].q_fn, pool[states], actions) for name, actions in rows.items()}
     (args.out / "policy_analysis.json").write_text(json.dumps(numbers, indent=2))
     print_table(numbers["spread"])

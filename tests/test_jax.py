@@ -258,8 +258,8 @@ def test_score(reference, q_norm, clip):
 
 
 @pytest.mark.parametrize("q_norm", (None, "batch", "state"))
-def test_box_score_and_ascent(q_norm):
-    actor, critic, _ = networks()
+def test_box_and_peak_scores(q_norm):
+    _, critic, _ = networks()
     layers = to_jax(critic)
     (obs, obs_t), (a, a_t), (eps, eps_t) = numbers(B, O, seed=1), numbers(B, A, seed=2), numbers(B, K, A, seed=3)
     t = np.linspace(0.05, 0.95, B, dtype=np.float32)[:, None]
@@ -272,26 +272,19 @@ def test_box_score_and_ascent(q_norm):
     def q_fn(layers, *x):
         return somx.q_network(layers, *x)[0][0]
 
-    def ours(layers):
-        return somx.estimate_box_score(partial(q_fn, layers), obs, a, mu.numpy(), sigma.numpy(), eps, 3.0, q_norm)
-
     def q_fn_t(*x):
         return critic(*x)[0][0]
 
-    close(jax.jit(ours)(layers), som.estimate_box_score(q_fn_t, obs_t, a_t, mu, sigma, eps_t, 3.0, q_norm), 1e-3)
-    gradient = jax.jit(jax.grad(lambda layers: ours(layers)[0].sum()))(layers)
-    assert not any(g.any() for g in jax.tree.leaves(gradient))  # the critic's weights get no gradient
+    for name, options in (("estimate_box_score", ()), ("estimate_peak_score", (3,))):
 
-    def ascent(actor, layers):
-        loss = somx.ascent_loss(partial(somx.meanflow_actor, actor), partial(q_fn, layers), obs, eps, 0.1)
-        return loss.sum(), loss
+        def ours(layers, name=name, options=options):
+            path = (obs, a, mu.numpy(), sigma.numpy(), eps, 3.0)
+            return getattr(somx, name)(partial(q_fn, layers), *path, *options, q_norm)
 
-    (grad, critic_grad), loss = jax.jit(jax.grad(ascent, argnums=(0, 1), has_aux=True))(to_jax(actor), layers)
-    loss_t = som.ascent_loss(actor, q_fn_t, obs_t, eps_t, 0.1)
-    loss_t.sum().backward()
-    close(loss, loss_t)
-    close(grad, gradients(actor))
-    assert not any(g.any() for g in jax.tree.leaves(critic_grad))
+        theirs = getattr(som, name)(q_fn_t, obs_t, a_t, mu, sigma, eps_t, 3.0, *options, q_norm)
+        close(jax.jit(ours)(layers), theirs, 1e-3)
+        gradient = jax.jit(jax.grad(lambda layers: ours(layers)[0].sum()))(layers)
+        assert not any(g.any() for g in jax.tree.leaves(gradient))  # the critic's weights get no gradient
     assert all(weight.grad is None for weight in critic.parameters())
 
 
@@ -421,7 +414,8 @@ UPDATES = {
     "distributional": {"critic_loss": "distributional", "sde": "ve", "policy_frequency": 2},
     "lattice": {"mc_noise": "lattice", "policy_q": "min"},
     "bfloat16": {"score_dtype": "bfloat16"},
-    "box": {"reference": "box", "ascent_weight": 0.5, "ascent_step": 0.2},
+    "box": {"reference": "box"},
+    "peaks": {"reference": "box", "climb_steps": 2},
 }
 
 
@@ -453,13 +447,11 @@ def test_updates_are_those_of_the_pytorch_agent(monkeypatch, variant):
         if args.critic_loss == "distributional":
             draws += [jax.random.normal(z_key, (B,))]
         if due:
-            times_key, eps_key, mc_key, ascent_key = jax.random.split(actor_key, 4)
+            times_key, eps_key, mc_key = jax.random.split(actor_key, 3)
             draws += [jax.random.uniform(times_key, (B, 2)), jax.random.normal(eps_key, (B, A))]
             lattice = args.mc_noise == "lattice"
             shape = (B, 1, A) if lattice else (B, K, A)
             draws += [(jax.random.uniform if lattice else jax.random.normal)(mc_key, shape)]
-            if args.ascent_weight > 0:
-                draws += [jax.random.normal(ascent_key, (B, 1, A))]
         batch = somx.sample(jax.tree.map(lambda x: x[0], ring), sample_key, B, widths)
         info = agent.update(som.Batch(*(torch.tensor(np.asarray(x)) for x in batch)), due)
         assert not draws

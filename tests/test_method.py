@@ -309,14 +309,19 @@ def test_slope_of_a_linear_q_is_exact_inside_the_box():
     close((sigma**2 * score + a_t) / mu, exact, atol=0.4 * sigma[0].item() / K**0.5, rtol=0)
 
 
+@pytest.mark.parametrize("num_steps", (0, 3))
 @pytest.mark.parametrize("alpha", (1.0, 1e2, 1e6))
-def test_velocity_of_the_box_is_bounded_at_any_alpha(alpha):
+def test_velocity_of_the_box_is_bounded_at_any_alpha(alpha, num_steps):
     net, B, A = random_mlp(3, 1, seed=50).float(), 4096, 3
     a_0, eps = box_points(B, A, seed=60)
     mu, sigma, f, g2 = som.cosine_schedule(rand(B, 1, seed=62).float())
     a_t = mu * a_0.float() + sigma * eps.float()
     q_fn = lambda obs, a: 100 * net(a).squeeze(-1)  # noqa: E731
-    score, logits = som.estimate_box_score(q_fn, None, a_t, mu, sigma, randn(B, 16, A, seed=63).float(), alpha)
+    inputs = (q_fn, None, a_t, mu, sigma, randn(B, 16, A, seed=63).float(), alpha)
+    if num_steps > 0:
+        score, logits = som.estimate_peak_score(*inputs, num_steps)
+    else:
+        score, logits = som.estimate_box_score(*inputs)
     assert not score.requires_grad and all(parameter.grad is None for parameter in net.parameters())
     assert logits.shape == (B, 16)
     m = (sigma.clamp(min=1e-3) ** 2 * score + a_t) / mu
@@ -326,56 +331,99 @@ def test_velocity_of_the_box_is_bounded_at_any_alpha(alpha):
     assert (v.abs() <= 1.001 * bound + 1e-3).all()
 
 
-# the actions' own ascent
+# the peaks of the posterior
 
 
-def test_ascent_moves_actions_up_q_inside_the_box():
-    """One-step actions a = noise / 2, a quadratic Q: the loss and its gradient by hand."""
-    noise = torch.tensor([[[0.4, -0.2]], [[1.0, 0.6]], [[2.0, -3.0]]], dtype=F64)
-    scale = torch.tensor(0.5, dtype=F64, requires_grad=True)
-    top = torch.tensor([0.5, 0.5], dtype=F64, requires_grad=True)
-    seen = []
-
-    def u_fn(obs, a_t, r, t):
-        seen.append((r, t))
-        return a_t - scale * a_t
-
-    loss = som.ascent_loss(u_fn, lambda obs, a: -(a - top).square().sum(-1), None, noise, step=0.1)
-    (r, t) = seen[0]
-    assert len(seen) == 1 and (r == 0).all() and (t == 1).all() and r.shape == (3, 1, 1)
-    a = torch.tensor([[0.2, -0.1], [0.5, 0.3], [1.0, -1.5]], dtype=F64)
-    slope = 2 * (torch.tensor([0.5, 0.5], dtype=F64) - a.clamp(-1, 1))
-    better = a.clamp(-1, 1) + 0.1 * slope / (slope.square().mean().sqrt() + 1e-6)
-    assert better[1, 0] == 0.5 and better[2, 1] > -1  # at the top it stays; from outside it comes back
-    close(loss, ((a - better) / 0.1).square().sum(1, keepdim=True))
-    loss.mean().backward()
-    close(scale.grad, (2 * (a - better) / 0.1**2 * noise[:, 0]).sum() / 3)
-    assert top.grad is None  # the critic's weights get no gradient
+def test_climb_by_hand():
+    """The steps of a slope (3, -4): at a small rate its multiples, at a large one 0.5 and 0.25 long, RMS."""
+    slope = torch.tensor([3.0, -4.0], dtype=F64)
+    start = torch.tensor([[0.0, 0.0], [0.9, 0.5], [1.0, 0.0], [1.0, -1.0]], dtype=F64)
+    a = start.expand(2, 4, 2)
+    rate = torch.tensor([[0.01], [100.0]], dtype=F64)
+    slow, fast = som.climb(lambda a: a @ slope, a, rate, 2)
+    direction = slope / 12.5**0.5  # of RMS 1
+    close(slow[0], 2 * 0.01 * slope)
+    close(fast[0], 0.75 * direction, atol=1e-6)
+    # the first step ends at the face, and all of the second is the other coordinate's
+    close(fast[1], torch.tensor([1.0, 0.5 + 0.5 * direction[1] - 0.25 * 2**0.5], dtype=F64), atol=1e-6)
+    close(fast[2], torch.tensor([1.0, -1.0], dtype=F64), atol=1e-6)  # 0.75 of sqrt(2), and the face
+    close(fast[3], a[1, 3])  # in the corner nothing moves
+    away = som.climb(lambda a: -a @ slope, a, rate, 1)
+    close(away[1, 3], a[1, 3] - 0.5 * direction, atol=1e-6)  # a face holds nobody back who leaves it
+    wide = som.climb(lambda a: a @ slope, a, rate, 1, half_width=2.0)
+    close(wide[1, 0], direction, atol=1e-6)
 
 
-def test_ascent_stays_inside_the_box():
-    noise = torch.tensor([[[0.99]], [[-0.99]]], dtype=F64)
-    zero = lambda obs, a_t, r, t: 0 * a_t  # noqa: E731
-    loss = som.ascent_loss(zero, lambda obs, a: 5 * a.square().sum(-1), None, noise, step=0.1)
-    close(loss, torch.full((2, 1), (0.01 / 0.1) ** 2, dtype=F64))
+def test_the_peak_of_a_linear_q_takes_one_step():
+    """exp(alpha c a) N(a_t; mu a, sigma^2) has its peak at a_t / mu + alpha c (sigma / mu)^2."""
+    alpha, B, A, K = 20.0, 8, 4, 3
+    c = randn(A, seed=1)
+    mu, sigma, _, _ = som.cosine_schedule(torch.full((B, 1), 0.05, dtype=F64))
+    a_t = mu * (0.8 * rand(B, A, seed=2) - 0.4) + sigma * randn(B, A, seed=3)
+    mc_eps = randn(B, K, A, seed=4)
+    score, logits = som.estimate_peak_score(lambda obs, a: a @ c, None, a_t, mu, sigma, mc_eps, alpha, 1)
+    close((sigma**2 * score + a_t) / mu, a_t / mu + (sigma / mu) ** 2 * alpha * c)
+    close(logits, logits[:, :1].expand(B, K))
 
 
-def test_ascent_finds_the_top_of_q():
-    """Trained on the ascent alone, one-step actions from all noise end at the top, inside the box or at its face."""
-    torch.manual_seed(0)
-    actor = som.MeanFlowActor(1, 2, 32, 2)
-    adam = torch.optim.Adam(actor.parameters(), lr=3e-3)
-    top = torch.tensor([0.3, 2.0])
-    obs = torch.zeros(64, 1)
-    for _ in range(300):
-        q_fn = lambda obs, a: -(a - top).square().sum(-1)  # noqa: E731
-        loss = som.ascent_loss(actor, q_fn, obs, torch.randn(64, 1, 2), 0.1).mean()
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-    noise = torch.randn(64, 1, 2)
-    _, candidates = som.best_of_n(actor, lambda obs, a: a[..., 0], obs, noise)
-    assert (candidates - torch.tensor([0.3, 1.0])).abs().mean() < 0.05
+@pytest.mark.parametrize("alpha", (3.0, 60.0))
+def test_the_peak_of_a_quadratic_q(alpha):
+    """Q = -c (a - b)^2 has a posterior with one peak, in closed form inside the box and at its faces."""
+    B, K, A = 24, 4, 3
+    b, c = 1.5 * randn(A, seed=70), 0.5 + rand(A, seed=71)
+    q_fn = lambda obs, a: -(c * (a - b).square()).sum(-1)  # noqa: E731
+    t = torch.linspace(0.02, 0.999, B, dtype=F64).unsqueeze(1)
+    mu, sigma, _, _ = som.cosine_schedule(t)
+    a_0, eps = box_points(B, A, seed=72)
+    a_t = mu * a_0 + sigma * eps
+    peak = (alpha * 2 * c * b + mu * a_t / sigma**2) / (alpha * 2 * c + (mu / sigma) ** 2)
+    peak = peak.clamp(-1, 1)
+    errors = []
+    for num_steps in 3, 30, 300:
+        score, logits = som.estimate_peak_score(q_fn, None, a_t, mu, sigma, randn(B, K, A, seed=73), alpha, num_steps)
+        assert logits.shape == (B, K)
+        m = (sigma**2 * score + a_t) / mu
+        errors.append((m - peak).abs().max().item())
+    # where Q is curved the steps go to and fro across the peak, as long as the limit is in the end
+    assert errors[0] < 0.5 and errors[1] < 0.05 and errors[2] < 0.005
+
+
+def test_the_field_points_at_the_best_action():
+    """Two peaks, the lower one broad: far from t = 0 the field points at the higher one, close to it at either."""
+    B, K = 64, 16
+
+    def q_fn(obs, a):
+        high = torch.exp(-50 * (a - 0.6).square())
+        broad = 0.9 * torch.exp(-4 * (a + 0.5).square())
+        return (high + broad).sum(dim=-1)
+
+    start = torch.where(torch.arange(B).unsqueeze(1) % 2 == 0, 0.6, -0.5).to(F64)
+    for t, end in ((0.9, torch.full((B, 1), 0.6, dtype=F64)), (0.02, start)):
+        mu, sigma, _, _ = som.cosine_schedule(torch.full((B, 1), t, dtype=F64))
+        a_t = mu * start + sigma * randn(B, 1, seed=80)
+        mc_eps = som.lattice_noise(sobol_points(K, 1), rand(B, 1, 1, seed=81))
+        score, _ = som.estimate_peak_score(q_fn, None, a_t, mu, sigma, mc_eps, 200.0, 8)
+        m = (sigma**2 * score + a_t) / mu
+        assert ((m - end).abs() < 0.15).double().mean() > 0.95
+
+
+@pytest.mark.parametrize("q_norm", ("batch", "state"))
+def test_peaks_do_not_depend_on_the_scale_of_q(q_norm):
+    net, B, A = random_mlp(3, 1, seed=90), 32, 3
+    mu, sigma, _, _ = som.cosine_schedule(rand(B, 1, seed=91))
+    a_t, mc_eps = randn(B, A, seed=92), randn(B, 8, A, seed=93)
+
+    def q_fn(obs, a):
+        return net(a).squeeze(-1)
+
+    def larger(obs, a):
+        return 1000 * q_fn(obs, a) + 7
+
+    inputs = (None, a_t, mu, sigma, mc_eps, 20.0, 3, q_norm)
+    score, _ = som.estimate_peak_score(q_fn, *inputs)
+    score_of_larger, _ = som.estimate_peak_score(larger, *inputs)
+    close(score_of_larger, score, atol=2e-3, rtol=2e-3)
+    assert not score.requires_grad and all(weight.grad is None for weight in net.parameters())
 
 
 def sobol_points(K, dim):
@@ -1064,9 +1112,9 @@ def test_terminated_rows_do_not_bootstrap(kind):
 
 
 @pytest.mark.parametrize("q_norm, policy_q", (("batch", "mean"), ("state", "min")))
-@pytest.mark.parametrize("path", (*PATHS, "box"))
+@pytest.mark.parametrize("path", (*PATHS, "box", "peaks"))
 def test_actor_loss_is_score_velocity_and_meanflow_in_turn(path, q_norm, policy_q):
-    reference = "box" if path == "box" else PATHS[path][1]
+    reference = "box" if path in ("box", "peaks") else PATHS[path][1]
     sde = "ve" if path == "ve" else "vp"
     changes = {
         "reference": reference,
@@ -1074,6 +1122,7 @@ def test_actor_loss_is_score_velocity_and_meanflow_in_turn(path, q_norm, policy_
         "q_norm": q_norm,
         "policy_q": policy_q,
         "beta_max": 2.0,
+        "climb_steps": 3 if path == "peaks" else 0,
     }
     agent = tiny_agent(zero_r_ratio=0.25, score_scale=7.0, **changes)
     args, actor, critic = agent.args, agent.actor.double(), agent.critic.double()
@@ -1098,9 +1147,11 @@ def test_actor_loss_is_score_velocity_and_meanflow_in_turn(path, q_norm, policy_
     inputs = q_fn, batch.obs, a_t, mu, sigma, mc_eps, 3.0
     if path == "box":
         score, _ = som.estimate_box_score(*inputs, q_norm)
+    elif path == "peaks":
+        score, _ = som.estimate_peak_score(*inputs, 3, q_norm)
     else:
         score, _ = som.estimate_score(*inputs, reference, q_norm, clip=True)
-    v = som.pf_ode_velocity(a_t, score, f, g2, None if path in ("prior", "box") else 7.0)
+    v = som.pf_ode_velocity(a_t, score, f, g2, None if path in ("prior", "box", "peaks") else 7.0)
     rows = [x.unsqueeze(1) for x in (a_t, r, t, v)]
     close(loss, som.meanflow_loss(lambda a, r, t: actor(batch.obs, a, r, t), *rows)[0].sum() / 32)
     close(info["score/norm"], score.norm(dim=1).mean())
@@ -1211,9 +1262,7 @@ def test_updates_leave_each_other_alone():
     "changes",
     (
         {"critic_loss": "distributional"},
-        pytest.param(
-            {"critic_loss": "distributional", "reference": "box", "ascent_weight": 1.0}, marks=pytest.mark.slow
-        ),
+        pytest.param({"critic_loss": "distributional", "reference": "box", "climb_steps": 2}, marks=pytest.mark.slow),
     ),
     ids=("distributional", "box"),
 )

@@ -354,8 +354,8 @@ DAMAGES = {
     "text": lambda path: path.write_text("no checkpoint\n" * 100),
     "pickle": lambda path: torch.save({"format": print}, path),
     "foreign": lambda path: torch.save({"weights": torch.ones(3)}, path),
-    "older": change(format="som_continuous_action.py, checkpoints of version 2"),
-    "newer": change(format="som_continuous_action.py, checkpoints of version 4"),
+    "older": change(format="som_continuous_action.py, checkpoints of version 3"),
+    "newer": change(format="som_continuous_action.py, checkpoints of version 5"),
     "other script": change(format="ppo_continuous_action.py, checkpoints of version 1"),
 }
 

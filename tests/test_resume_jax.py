@@ -264,7 +264,7 @@ def other_format(name):
 def first_edition(arrays):
     """It had the format as the name of the JSON text."""
     return {
-        "som_continuous_action_jax.py, checkpoints of version 2" if x == "entries" else x: arrays[x] for x in arrays
+        "som_continuous_action_jax.py, checkpoints of version 3" if x == "entries" else x: arrays[x] for x in arrays
     }
 
 
@@ -282,7 +282,7 @@ DAMAGES = {
     "pickle": rewrite(lambda arrays: arrays | {".critic[0][0]": np.array([Executed()], object)}),
     "foreign": rewrite(lambda arrays: {"weights": np.ones(3)}),
     "older": rewrite(first_edition),
-    "newer": other_format("som_continuous_action_jax.py, checkpoints of version 4"),
+    "newer": other_format("som_continuous_action_jax.py, checkpoints of version 5"),
     "other script": other_format("som_continuous_action.py, checkpoints of version 3"),
 }
 
@@ -297,7 +297,7 @@ def test_a_bad_checkpoint_is_refused_and_the_good_one_before_it_named(finished, 
             message = refused(capsys, tmp_path, flag, finished)
             assert f"/{last.name} cannot be used" in message and message.endswith(f"good one is {before}"), name
             if name in ("foreign", "older", "newer", "other script"):
-                assert "it is not of som_continuous_action_jax.py, checkpoints of version 3" in message
+                assert "it is not of som_continuous_action_jax.py, checkpoints of version 4" in message
         with pytest.raises(ValueError, match="cannot be used"):
             somx.load_policy(finished)
     assert somx.load_policy(before)(np.zeros(3)).shape == (1,)

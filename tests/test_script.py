@@ -474,7 +474,7 @@ BAD_NUMBERS = {
     "--best-of-n": "0", "--inverse-temperature": "inf", "--score-scale": "0", "--beta-min": "3", "--beta-max": "-1",
     "--checkpoint-frequency": "0", "--num-episodes": "0", "--num-frequencies": "0",
     "--zero-r-ratio": "1.1", "--noise-scale": "0", "--initial-lambda": "0",
-    "--ascent-weight": "-1", "--ascent-step": "0",
+    "--climb-steps": "-1",
     "--alpha-lr": "0", "--alpha-delay": "0", "--target-entropy": "nan", "--eval-frequency": "0", "--seed": "-1",
 }  # fmt: skip
 
@@ -511,6 +511,7 @@ def test_every_number_has_a_bad_value_above():
         ("--env-id Pusher-v4", "Pusher-v5"),
         ("--env-id Truncates-v0 --learning-starts 199", "larger, by --num-envs or more, than --learning-starts"),
         ("--env-id Truncates-v0 --reference prior --sde ve", "--sde vp"),
+        ("--env-id Truncates-v0 --climb-steps 3", "--climb-steps needs --reference box"),
         ("--env-id Truncates-v0 --track", "--track needs wandb"),
         ("--env-id Rendered-v0 --capture-video", "--capture-video needs moviepy"),
         ("--env-id Truncates-v0 --device gpu", "--device gpu: PyTorch finds no GPU"),
