@@ -30,7 +30,7 @@ def test_errors_without_bias_fall_with_the_number_of_samples(tmp_path):
     field_error.main(field_error.ErrorArgs(path, **sizes))
     with path.open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 2 * 5 * 2
+    assert len(rows) == 2 * 6 * 2
     assert torch.get_default_dtype() == torch.float32
     errors = {}
     for row in rows:
