@@ -21,6 +21,7 @@ pictures, only the spread.
   maxima. Tight in one step alone: the network is no flow.
 """
 
+import csv
 import json
 import sys
 from dataclasses import dataclass, replace
@@ -33,6 +34,8 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import collect
+
 import mfp_continuous_action as mfp
 import som_continuous_action as som
 
@@ -60,6 +63,8 @@ class AnalysisArgs:
     """run folder of MFP, or a checkpoint in it, of the same environment"""
     som_seed: int | None = None
     """of a JAX run of several seeds, the one to analyse; by default that of the folder"""
+    csv: Path | None = None
+    """table of spreads, to which this run's is added"""
     seed: int = 1
     """seed of environment, noise, sampled states and embedding"""
     rollout_steps: int = 800
@@ -81,7 +86,7 @@ class AnalysisArgs:
 
 
 def load_agent(script, path):
-    """The agent of a run's newest checkpoint."""
+    """The agent of a run's newest checkpoint, whose global_step is the checkpoint's."""
     try:
         checkpoint = script.load_checkpoint(path)
     except ValueError as error:  # one of the other script, too
@@ -90,6 +95,7 @@ def load_agent(script, path):
     low, _, _ = checkpoint["action_box"]
     agent = script.Agent(args, checkpoint["obs_dim"], len(low), torch.device("cpu"))
     agent.load_state_dict(checkpoint["agent"])
+    agent.global_step = checkpoint["global_step"]
     return agent
 
 
@@ -140,6 +146,7 @@ def load_jax_agent(path, seed=None):
     low, _, _ = checkpoint["action_box"]
     agent = som.Agent(args, checkpoint["obs_dim"], len(low), torch.device("cpu"))
     agent.load_state_dict(to_torch(arrays, seed - first_seed, agent.state_dict()))
+    agent.global_step = checkpoint["global_step"]
     return agent
 
 
@@ -419,6 +426,20 @@ def spread(q_fn, obs, actions):
     return {label: value.item() for label, value in numbers.items()}
 
 
+def add_to_table(path, agent, rows):
+    """Write the spreads of an agent's actions into the table, in place of older ones of this agent at this step."""
+    args = agent.args
+    run = {"env_id": args.env_id, "setting": args.exp_name, "seed": str(args.seed), "steps": str(agent.global_step)}
+    kept = []
+    if path.exists():
+        with path.open() as file:
+            kept = [row for row in csv.DictReader(file) if not run.items() <= row.items()]
+    new = []
+    for name, numbers in rows.items():
+        new.append({**run, "actions": name, **{label: round(value, 3) for label, value in numbers.items()}})
+    collect.write(path, kept + new)
+
+
 def print_table(rows):
     width = max(len(name) for name in rows)
     labels = list(next(iter(rows.values())))
@@ -441,6 +462,8 @@ def check_args(args):
         som.exit_with_error("--num-states must be <= --rollout-steps")
     if args.out.exists() and not args.out.is_dir():
         som.exit_with_error(f"--out {args.out} is not a folder")
+    if args.csv is not None and args.csv.exists() and not args.csv.is_file():
+        som.exit_with_error(f"--csv {args.csv} is not a file")
     agents = {"SOM": load_som(args.som, args.som_seed)}
     if args.mfp is None:
         return agents
@@ -483,4 +506,6 @@ if __name__ == "__main__":
     numbers["spread"] = {name: spread(agents["SOM"].q_fn, pool[states], actions) for name, actions in rows.items()}
     (args.out / "policy_analysis.json").write_text(json.dumps(numbers, indent=2))
     print_table(numbers["spread"])
+    if args.csv is not None:
+        add_to_table(args.csv, agents["SOM"], numbers["spread"])
     print(f"written to {args.out}")

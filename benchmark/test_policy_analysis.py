@@ -1,5 +1,6 @@
 """benchmark/policy_analysis.py on two untrained checkpoints; it needs the packages of benchmark/requirements.txt."""
 
+import csv
 import importlib.util
 import json
 import math
@@ -42,6 +43,7 @@ def save_run(script, folder, env_id="Hopper-v4", obs_dim=11, act_dim=3):
         "format": script.CHECKPOINT_FORMAT,
         "args": asdict(args),
         "obs_dim": obs_dim,
+        "global_step": 100,
         "action_box": (act_dim * [-1.0], act_dim * [1.0], "float32"),
         "agent": agent.state_dict(),
     }
@@ -74,6 +76,7 @@ def jax_run(tmp_path):
         "format": somx.CHECKPOINT_FORMAT,
         "args": asdict(args),
         "obs_dim": 11,
+        "global_step": 200,
         "action_box": (3 * [-1.0], 3 * [1.0], "float32"),
         "agent": arrays,
     }
@@ -114,12 +117,31 @@ def test_the_analysis_as_a_user_runs_it(runs, tmp_path, monkeypatch):
     assert finished.stdout.splitlines()[-2].startswith("MFP, one step ")
     # without MFP the same numbers, and no pictures
     monkeypatch.chdir(tmp_path)
-    run_script(monkeypatch, "--som", "som", "--out", "b", *FEW)
+    for _ in range(2):  # the second time in place of the first
+        run_script(monkeypatch, "--som", "som", "--out", "b", "--csv", "spread.csv", *FEW)
+    with open("spread.csv") as file:
+        table = list(csv.DictReader(file))
+    assert [row["actions"] for row in table] == SOM_ROWS and {row["steps"] for row in table} == {"100"}
     assert [file.name for file in (tmp_path / "b").iterdir()] == ["policy_analysis.json"]
     alone = json.loads((tmp_path / "b/policy_analysis.json").read_text())
     assert list(alone["spread"]) == SOM_ROWS and "box plots" not in alone and alone["options"]["mfp"] is None
     for name, row in alone["spread"].items():
         assert row == pytest.approx(numbers["spread"][name], rel=1e-4)
+        in_table = table[SOM_ROWS.index(name)]
+        assert float(in_table["mean of Q"]) == pytest.approx(row["mean of Q"], abs=6e-4)
+        assert (in_table["setting"], in_table["seed"]) == (runs["SOM"].args.exp_name, str(runs["SOM"].args.seed))
+
+
+def test_a_table_of_spreads_keeps_other_agents(runs, tmp_path):
+    agent = runs["SOM"]
+    agent.global_step = 10
+    path = tmp_path / "spread.csv"
+    for step, q in ((10, 1.0), (20, 2.0), (10, 3.0)):
+        agent.global_step = step
+        analysis.add_to_table(path, agent, {"one step": {"mean of Q": q}, "2 steps": {"mean of Q": -q}})
+    with path.open() as file:
+        rows = [(row["steps"], row["actions"], float(row["mean of Q"])) for row in csv.DictReader(file)]
+    assert rows == [("20", "one step", 2), ("20", "2 steps", -2), ("10", "one step", 3), ("10", "2 steps", -3)]
 
 
 def test_checkpoints_are_read_back(runs, tmp_path):
