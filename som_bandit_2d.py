@@ -78,7 +78,6 @@ class Args:
     reference: Literal["uniform", "prior", "box"] = "prior"  # of p_0 ~ exp(alpha Q): 1 (the paper), N(0, I), the box
     inverse_temperature: float = 10.0  # alpha
     num_mc_samples: int = 128  # Monte-Carlo samples of the score (K)
-    climb_steps: int = 0  # with --reference box: steps of the samples to the peaks that they are near
     estimator: Literal["mixed", "gradient"] = "mixed"  # mix_score; # differs from the paper: gradient
     score_scale: float = 10.0  # w of Eq 8, uniform only; # differs from the paper: 25
     beta_max: float = 1.0  # beta(1) of the VP schedule, uniform only; beta(0) is 0.1
@@ -338,52 +337,6 @@ def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_
     return (mu * m - a_t) / sigma.clamp(min=1e-3) ** 2, logits
 
 
-def climb(log_density, a, rate, num_steps, half_width=1.0):
-    """Actions (B, K, A) moved up log_density, (B, K, A) -> (B, K), inside the box (beyond the paper).
-
-    A step is rate (B, 1) times the gradient. Its length, RMS over the coordinates, is limited: at first to
-    half_width / 2, to a share of it that falls linearly in the next steps.
-    """
-
-    def total(a):
-        return log_density(a).sum()
-
-    for i in range(num_steps):
-        gradient = torch.func.grad(total)(a)
-        # a coordinate that pushes against a face of the box has come to its end
-        at_its_end = (a.abs() >= half_width) & (a * gradient > 0)
-        gradient = torch.where(at_its_end, 0.0, gradient)
-        length = gradient.square().mean(dim=-1, keepdim=True).sqrt() + 1e-6
-        limit = 0.5 * half_width * (1 - i / num_steps)
-        a = a + torch.minimum(rate.unsqueeze(1), limit / length) * gradient
-        a = a.clamp(-half_width, half_width)
-    return a
-
-
-def estimate_peak_score(q_fn, obs, a_t, mu, sigma, eps, alpha, num_steps, q_norm=None, half_width=1.0):
-    """As estimate_box_score, for an alpha so large that few of K samples count (beyond the paper).
-
-    What a_0 can be given a_t, exp(alpha Q(a_0)) N(a_t; mu a_0, sigma^2), is narrow then around its peaks.
-    The samples climb them, and m is the mean of the peaks, weighted by their heights.
-    """
-    variance = sigma.clamp(min=1e-3) ** 2
-    a_0 = truncated_normal(eps, a_t / mu, sigma / mu, half_width)  # (B, K, A)
-
-    def log_posterior(a_0):
-        errors = a_t.unsqueeze(1) - mu.unsqueeze(1) * a_0
-        log_likelihood = -0.5 * errors.square().sum(dim=-1) / variance
-        return alpha * q_fn(obs, a_0) / scale + log_likelihood  # (B, K)
-
-    with torch.no_grad():
-        scale = q_scale(q_fn(obs, a_0), q_norm)
-        # at this rate one step ends at the peak if Q is linear
-        a_0 = climb(log_posterior, a_0, variance / mu**2, num_steps, half_width)
-        logits = log_posterior(a_0)
-    weights = logits.softmax(dim=1).unsqueeze(-1)  # (B, K, 1)
-    m = (weights * a_0).sum(dim=1)  # (B, A)
-    return (mu * m - a_t) / variance, logits
-
-
 def lattice_noise(points, shift):
     """Standard normal eps (B, K, A): points (K, A) of the unit cube, shifted modulo 1 (B, 1, A).
 
@@ -503,9 +456,7 @@ class Agent:
         alpha = args.inverse_temperature
         path = (a_t, mu, sigma, eps)
         local_var = self.bandit.std**2 / alpha  # of exp(alpha Q) around a mode
-        if args.climb_steps > 0:
-            score, _ = estimate_peak_score(self.q_fn, obs, *path, alpha, args.climb_steps, None, BOX)
-        elif args.reference == "box":
+        if args.reference == "box":
             score, _ = estimate_box_score(self.q_fn, obs, *path, alpha, None, BOX, local_var)
         else:
             score, logits = estimate_score(self.q_fn, obs, *path, alpha, args.reference, clip=False)
@@ -765,7 +716,7 @@ def exit_with_error(message, code=2):
 def check_args(args):
     """An error for values that cannot work."""
     may_be_zero = ["seed", "learning_starts", "noise_scale", "zero_r_ratio"]
-    may_be_zero += ["reward_noise", "bump_scale", "climb_steps"]
+    may_be_zero += ["reward_noise", "bump_scale"]
     for name, value in asdict(args).items():
         if type(value) in (int, float):
             lowest = {"total_updates": 100, "beta_max": 0.1}.get(name, 0)
@@ -780,7 +731,6 @@ def check_args(args):
     is_uniform = args.reference == "uniform"
     rules = {
         "--score-scale, --beta-max need --reference uniform": is_uniform or has_default_field,
-        "--climb-steps needs --reference box": args.climb_steps == 0 or args.reference == "box",
         "--estimator gradient needs --reference uniform or prior": args.estimator == "mixed" or args.reference != "box",
         "--reward-noise, --bump-scale need the learned critic": not (is_perturbed and args.oracle_critic),
         "--bump-std needs --bump-scale": args.bump_scale > 0 or args.bump_std == Args.bump_std,

@@ -329,7 +329,8 @@ def climb(log_density, a, rate, num_steps, half_width=1.0):
         # a coordinate that pushes against a face of the box has come to its end
         at_its_end = (a.abs() >= half_width) & (a * gradient > 0)
         gradient = torch.where(at_its_end, 0.0, gradient)
-        length = gradient.square().mean(dim=-1, keepdim=True).sqrt() + 1e-6
+        mean_square = gradient.square().mean(dim=-1, keepdim=True)  # (B, K, 1)
+        length = mean_square.sqrt() + 1e-6
         limit = 0.5 * half_width * (1 - i / num_steps)
         a = a + torch.minimum(rate.unsqueeze(1), limit / length) * gradient
         a = a.clamp(-half_width, half_width)
@@ -534,7 +535,9 @@ class Agent(nn.Module):
     def q_fn(self, obs, a, hidden_dtype=None):
         """What best-of-N and the score see of the twins: (B, N)."""
         q, _ = self.critic(obs, a, hidden_dtype)  # (2, B, N)
-        return q.mean(dim=0) if self.args.policy_q == "mean" else q.amin(dim=0)
+        if self.args.policy_q == "mean":
+            return q.mean(dim=0)
+        return q.amin(dim=0)
 
     @torch.no_grad()
     def act(self, obs, explore=False, generator=None):

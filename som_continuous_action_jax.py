@@ -337,7 +337,8 @@ def climb(log_density, a, rate, num_steps, half_width=1.0):
         # a coordinate that pushes against a face of the box has come to its end
         at_its_end = (jnp.abs(a) >= half_width) & (a * gradient > 0)
         gradient = jnp.where(at_its_end, 0.0, gradient)
-        length = jnp.sqrt(jnp.square(gradient).mean(axis=-1, keepdims=True)) + 1e-6
+        mean_square = jnp.square(gradient).mean(axis=-1, keepdims=True)  # (B, K, 1)
+        length = jnp.sqrt(mean_square) + 1e-6
         limit = 0.5 * half_width * (1 - i / num_steps)
         a = a + jnp.minimum(rate[:, None], limit / length) * gradient
         a = jnp.clip(a, -half_width, half_width)

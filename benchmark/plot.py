@@ -36,6 +36,8 @@ class PlotArgs:
     """settings, in this order (default: all)"""
     rename: tuple[str, ...] = ()
     """"OLD=NEW" names of settings, before all else; two of the same new name become one"""
+    table: Path | None = None
+    """CSV to write the final returns to, as collect.py puts it on a page"""
     bootstraps: int = 10_000
     """resamples of the stratified bootstrap"""
 
@@ -211,10 +213,11 @@ def cells_of(values, is_best):
     return f"{text} ({len(values)})"
 
 
-def markdown(curves, env_ids, statistic, aggregates):
+def table_of(curves, env_ids, statistic, aggregates):
     """A row for each setting, a column for each environment: statistic(steps (T,), returns (seeds, T)) of its seeds.
 
-    The highest mean of a column is in bold. With aggregates, of the final returns, two columns more.
+    The highest mean of a column is in bold. With aggregates, of the final returns, two columns more. The first row
+    has the names of the columns.
     """
     heads = ["setting"]
     best = {}
@@ -225,9 +228,9 @@ def markdown(curves, env_ids, statistic, aggregates):
         best[env_id] = max(statistic(*curve).mean() for curve in drawn)
     shown = ["mean", "IQM"] if aggregates else []
     heads += [f"normalised {kind}" for kind in shown]
-    lines = [heads, ["---"] * len(heads)]
+    lines = [heads]
     for name, of_setting in curves.items():
-        cells = [f"`{name}`"]
+        cells = [name]
         for env_id in env_ids:
             if env_id in of_setting:
                 values = statistic(*of_setting[env_id])
@@ -239,6 +242,12 @@ def markdown(curves, env_ids, statistic, aggregates):
             value = aggregates.get(name, {}).get(kind)
             cells.append("{:.2f} [{:.2f}, {:.2f}]".format(*value) if value else "-")
         lines.append(cells)
+    return lines
+
+
+def markdown(table):
+    heads, *rows = table
+    lines = [heads, ["---"] * len(heads)] + [[f"`{name}`", *cells] for name, *cells in rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -367,9 +376,13 @@ def main(args):
         draw_curves(plt, curves, env_ids, aggregates, args.out / "curves")
         if len(aggregates) > 1:
             draw_aggregates(plt, curves, env_ids, aggregates, args.out / "aggregate")
-    final = markdown(curves, env_ids, lambda steps, returns: returns[:, -1], aggregates)
-    area = markdown(curves, env_ids, mean_return, {})
-    text = f"Final return\n\n{final}\n\nMean return over the run, the area under its curve\n\n{area}\n"
+    final = table_of(curves, env_ids, lambda steps, returns: returns[:, -1], aggregates)
+    area = table_of(curves, env_ids, mean_return, {})
+    if args.table is not None:
+        heads, *rows = final
+        collect.write(args.table, [dict(zip(heads, row, strict=True)) for row in rows])
+    areas = "Mean return over the run, the area under its curve"
+    text = f"Final return\n\n{markdown(final)}\n\n{areas}\n\n{markdown(area)}\n"
     (args.out / "results.md").write_text(text)
     print(text, end="")
 

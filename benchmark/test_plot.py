@@ -1,5 +1,6 @@
 """benchmark/plot.py: its statistics against scipy and by hand, its files and its table as a user gets them."""
 
+import csv
 import importlib.util
 import itertools
 import math
@@ -146,7 +147,11 @@ def test_the_plots_as_a_user_makes_them(results, tmp_path):
         "| `only` | 5 (1) | - |",
     ]
     before = (tmp_path / "a/b/curves.svg").read_bytes()
-    run("--csvs", results, "--out", tmp_path / "a/b")
+    run("--csvs", results, "--out", tmp_path / "a/b", "--table", tmp_path / "table.csv")
+    with (tmp_path / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["setting"] for row in rows] == ["low", "high", "only"]
+    assert rows[1]["B-v0, 20,000 steps"] == "**8,000 ± 25,412** (2)" and rows[2]["normalised IQM"] == "-"
     assert (tmp_path / "a/b/curves.svg").read_bytes() == before
 
 

@@ -434,7 +434,7 @@ BAD_NUMBERS = {
     "--q-updates": "0",
     "--hidden-dim": "0", "--q-hidden-dim": "0", "--num-frequencies": "0", "--policy-tau": "1.5", "--noise-scale": "-1",
     "--zero-r-ratio": "1.1", "--inverse-temperature": "0", "--num-mc-samples": "0", "--score-scale": "0",
-    "--beta-max": "0.05", "--best-of-n": "0", "--climb-steps": "-1",
+    "--beta-max": "0.05", "--best-of-n": "0",
 }  # fmt: skip
 
 
@@ -465,7 +465,6 @@ def test_every_number_has_a_bad_value_above():
         ("--oracle-critic --bump-scale 1", "learned critic"),
         ("--bump-std 1", "--bump-scale"),
         ("--reference box --estimator gradient", "--reference uniform or prior"),
-        ("--climb-steps 3", "--climb-steps needs --reference box"),
     ],
 )
 def test_flags_without_effect_are_refused(capsys, flags, words):

@@ -538,7 +538,10 @@ def test_the_rest_of_the_scripts_is_equal_to_the_letter():
     mine, theirs = both(lambda text: text[: text.index('"""')])
     assert mine == theirs
     mine, theirs = both(lambda text: text[text.index("\nimport ") : text.index("@dataclass")])
-    assert mine == theirs.replace("som_continuous", "mfp_continuous") and "Batch = " in mine
+    theirs = theirs.replace("som_continuous", "mfp_continuous")
+    # checkpoints have their own versions: Args changes in one script alone
+    mine, theirs = (re.sub(r"of version \d+", "of version", text) for text in (mine, theirs))
+    assert mine == theirs and "Batch = " in mine
     mine, theirs = both(lambda text: re.findall(r"(?m)^\s*# ((?:ALGO LOGIC|TRY NOT)[^\n]*)", text))
     assert mine == theirs and len(mine) == 8
 
