@@ -5,6 +5,8 @@ import importlib.util
 import itertools
 import math
 import pathlib
+import re
+import shlex
 import subprocess
 import sys
 
@@ -153,6 +155,19 @@ def test_the_plots_as_a_user_makes_them(results, tmp_path):
     assert [row["setting"] for row in rows] == ["low", "high", "only"]
     assert rows[1]["B-v0, 20,000 steps"] == "**8,000 ± 25,412** (2)" and rows[2]["normalised IQM"] == "-"
     assert (tmp_path / "a/b/curves.svg").read_bytes() == before
+
+
+def test_the_readmes_table_is_that_of_its_command(tmp_path, monkeypatch):
+    """The command stands on docs/results.md; its numbers are those of grid.csv."""
+    root = SCRIPT.parents[1]
+    page = (root / "docs/results.md").read_text().replace("\\\n", " ")
+    (command,) = re.findall(r"python benchmark/plot\.py (.*--table benchmark/results/summary\.csv.*)", page)
+    words = shlex.split(command)
+    words[words.index("--table") + 1] = str(tmp_path / "summary.csv")
+    words[words.index("--out") + 1] = str(tmp_path)
+    monkeypatch.chdir(root)
+    plot.main(plot.tyro.cli(plot.PlotArgs, args=words))
+    assert (tmp_path / "summary.csv").read_text() == (root / "benchmark/results/summary.csv").read_text()
 
 
 def test_every_setting_is_in_the_legend_as_it_is_called(tmp_path):

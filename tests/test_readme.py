@@ -1,5 +1,6 @@
 """The numbers of README.md and of the pages in docs/ are those of the CSV files in benchmark/results."""
 
+import csv
 import importlib.util
 import pathlib
 import re
@@ -25,13 +26,26 @@ def test_every_table_has_its_csv():
     assert {name for page in PAGES for name in re.findall(r"<!-- ([\w-]+\.csv) -->", page)} == {p.name for p in RESULTS}
 
 
+def returns_on_the_way(path):
+    """What the text may say of a run before its end: every evaluation, and the means over seeds."""
+    at_step = {}
+    with path.open() as file:
+        for row in csv.DictReader(file):
+            place = (row["setting"], row["env_id"], row["global_step"])
+            at_step.setdefault(place, []).append(float(row["return_mean"]))
+    returns = [x for seeds in at_step.values() for x in (*seeds, sum(seeds) / len(seeds))]
+    return " ".join(f"{x:,.0f}" for x in returns)
+
+
 def test_returns_in_the_text_are_those_of_the_table():
     table = collect.markdown(ROOT / "benchmark/results/small_setting.csv")
-    for name in "grid.csv", "paper_rates.csv", "second_edition.csv", "field.csv":
+    for name in "grid.csv", "paper_rates.csv", "second_edition.csv", "field.csv", "summary.csv":
         table += collect.markdown(ROOT / "benchmark/results" / name)
+    table += returns_on_the_way(ROOT / "benchmark/results/field.csv")
     sections = (
         ("docs/som.md", "Deviations from the paper", 10),
         ("README.md", "Results", 4),
+        ("README.md", "Deviations from the paper", 5),
         ("docs/results.md", None, 20),
     )
     for name, title, fewest in sections:
