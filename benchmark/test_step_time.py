@@ -199,7 +199,12 @@ def test_every_method_is_timed_and_its_evaluations_are_counted():
     expected = {  # policy and critics in an update, policy and critics in an action
         "SOM": (N + 1, N + 2 + K, N, N),
         "SOM, prior": (N + 1, N + 2 + K, N, N),
-        "SOM, box and ascent": (N + 2, N + 3 + K, N, N),  # one more action, and the gradient of Q there
+        "SOM, box and peaks": (
+            N + 1,
+            N + 2 + 4 * (1 + 3 + 1),
+            N,
+            N,
+        ),  # four samples: their scale, three steps, their height
         "MFP": (2 * N + 2, 2 * N + 2, N, N),  # the best of N in both states
         "SDAC": (T * chains + 1, chains + 2 + samples, T * chains, chains),
         "DPMD": (T * chains + 1, chains + 2 + 1, T * chains, chains),
@@ -226,7 +231,7 @@ def test_methods_at_the_papers_sizes():
         assert (args.hidden_dim, args.num_layers, args.batch_size) == (256, 3, 256)
         if "num_diffusion_steps" in vars(args):
             assert args.num_diffusion_steps == (100 if method == "DIPO" else 20)
-        if method.startswith("SOM"):
+        if method in ("SOM", "SOM, prior"):
             assert (args.best_of_n, args.num_mc_samples) == (32, 100)
 
 
