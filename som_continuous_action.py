@@ -231,7 +231,7 @@ def ve_schedule(t, sigma_min=0.01, sigma_max=1.0):
 
 
 def q_scale(q, q_norm):
-    """The number that Q (B, K) is divided by: its std over B and K ("batch"), or the mean of those over K ("state")."""
+    """What divides Q (B, K), one number: its std over B and K ("batch"), or the mean of its stds over K ("state")."""
     if q_norm == "batch":
         return q.std().detach() + 1e-6
     if q_norm == "state":
@@ -307,18 +307,18 @@ def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_
     weighted_mean = (weights * a_0).sum(dim=1)  # (B, A)
     # where Q is linear the posterior is the truncated normal, moved by its variance times the slope
     slope = gradients.sum(dim=1)
-    climbed = a_0.mean(dim=1) + a_0.var(dim=1) * slope
-    climbed = climbed.clamp(-half_width, half_width)
+    moved_mean = a_0.mean(dim=1) + a_0.var(dim=1) * slope
+    moved_mean = moved_mean.clamp(-half_width, half_width)
     share = sigma**2 / (sigma**2 + local_variance * mu**2)
-    m = share * weighted_mean + (1 - share) * climbed
+    m = share * weighted_mean + (1 - share) * moved_mean
     return (mu * m - a_t) / sigma.clamp(min=1e-3) ** 2, logits
 
 
 def climb(log_density, a, rate, num_steps, half_width=1.0):
     """Actions (B, K, A) moved up log_density, (B, K, A) -> (B, K), inside the box (beyond the paper).
 
-    A step is rate (B, 1) times the gradient. Its length, RMS over the coordinates, is limited: at first to
-    half_width / 2, to a share of it that falls linearly in the next steps.
+    A step is rate (B, 1) times the gradient, but no longer than a limit, RMS over the coordinates, which
+    falls linearly from half_width / 2 to 0.
     """
 
     def total(a):

@@ -362,8 +362,10 @@ def test_the_peak_of_a_linear_q_takes_one_step():
     a_t = mu * (0.8 * rand(B, A, seed=2) - 0.4) + sigma * randn(B, A, seed=3)
     mc_eps = randn(B, K, A, seed=4)
     score, logits = som.estimate_peak_score(lambda obs, a: a @ c, None, a_t, mu, sigma, mc_eps, alpha, 1)
-    close((sigma**2 * score + a_t) / mu, a_t / mu + (sigma / mu) ** 2 * alpha * c)
-    close(logits, logits[:, :1].expand(B, K))
+    peak = a_t / mu + (sigma / mu) ** 2 * alpha * c
+    close((sigma**2 * score + a_t) / mu, peak)
+    height = alpha * peak @ c - 0.5 * ((a_t - mu * peak) / sigma).square().sum(dim=1)
+    close(logits, height.unsqueeze(1).expand(B, K))
 
 
 @pytest.mark.parametrize("alpha", (3.0, 60.0))
