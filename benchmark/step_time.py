@@ -2,12 +2,13 @@
 
     python benchmark/step_time.py --csv benchmark/results/step_time.csv
 
-Beside the script's defaults stand the cheaper scores: the lattice, half of the samples, bfloat16, on a GPU also TF32
-beside float32 (precision "high" and "highest"). An update samples its batch; an action is of one environment and comes
-back to the host. An iteration acts, steps the environments, adds their rows and updates: "new order" sends the update
-off before the environments step, as the script does, "old order" after it. On a GPU "captured" is the script's CUDA
-graph, "compiled" the same functions called plainly. "ms" waits for every call, "back to back ms" only for the last;
-PyTorch on a CPU always waits.
+Beside the script's defaults stand the cheaper scores: the lattice, half of the samples, bfloat16, the box with its
+peaks (climb_steps 3), on a GPU also TF32 beside float32 (precision "high" and "highest"). An update samples its batch;
+an action is of one environment and comes back to the host. An iteration acts, steps the environments, adds their rows
+and updates: "new order" sends the update off before the environments step, as the script does, "old order" after it.
+On a GPU "captured" is the script's CUDA graph, "compiled" the same functions called plainly. "ms" waits for every call, "back to back ms" only for the last,
+and "host ms" is what the processor needs of that; PyTorch on a CPU always waits. On a GPU a copy within its memory
+gives the other ceiling beside the products.
 
 All timings are taken in turn, round by round, so that they share the machine; what counts are their ratios: to the
 update's matrix products alone, and to the first edition of the PyTorch script, which needs a checkout of it:
@@ -71,7 +72,7 @@ METHODS = {
 }
 
 # What an update is asked to do; precision is that of products in float32: "high" is TF32
-Variant = namedtuple("Variant", "mc_noise num_mc_samples score_dtype precision")
+Variant = namedtuple("Variant", "mc_noise num_mc_samples score_dtype precision climb_steps")
 
 
 @dataclass
@@ -83,6 +84,7 @@ class Work:
     wait: Callable[[], None] | None
     seconds: list[float] = field(default_factory=list)  # a call's, of every round
     seconds_back_to_back: list[float] = field(default_factory=list)
+    host_seconds: list[float] = field(default_factory=list)  # of those, until the last call returns
 
 
 @dataclass
@@ -105,6 +107,8 @@ class BenchmarkArgs:
     """time the cheaper scores, too"""
     jax: bool = True
     """time the JAX script, too"""
+    num_seeds: int = 5
+    """also time an update of as many seeds side by side, in JAX"""
     methods: bool = False
     """time every method instead"""
     first_edition: Path | None = None
@@ -163,7 +167,12 @@ def update_products(args, obs_dim, act_dim):
     products += critics(candidates, "none")  # the best of them
     products += critics(B, "none")  # the target
     products += critics(B, "weights and input")  # the critic's loss
-    products += critics(samples, "input")  # the score
+    climb_steps = getattr(args, "climb_steps", 0)  # the first edition has none
+    if climb_steps == 0:
+        products += critics(samples, "input")  # the score
+    else:
+        products += 2 * critics(samples, "none")  # Q's scale, and the peaks' heights
+        products += climb_steps * critics(samples, "input")
     products += actor(B, "weights and input")  # the MeanFlow loss
     products += actor(B, "none")[1:]  # the tangent of its Jacobian-vector product
     return products
@@ -317,17 +326,24 @@ def with_torch_precision(precision, function):
 
 
 def variants_of(args, options, on_gpu):
-    """The script's defaults, then the cheaper scores; the last is the cheapest."""
+    """The script's defaults, then the cheaper scores."""
     K = args.num_mc_samples
-    default = Variant("normal", K, "float32", "high" if on_gpu else "highest")
+    default = Variant("normal", K, "float32", "high" if on_gpu else "highest", 0)
     if not options.variants:
         return [default]
     noises = ("normal", "lattice")
     dtypes = ("float32", "bfloat16")
-    variants = [Variant(*values, default.precision) for values in itertools.product(noises, (K, K // 2), dtypes)]
+    variants = [Variant(*values, default.precision, 0) for values in itertools.product(noises, (K, K // 2), dtypes)]
     if on_gpu:
         variants.insert(1, default._replace(precision="highest"))
-    return variants
+    peaks = {name: BEST_FORM[name] for name in ("mc_noise", "num_mc_samples", "climb_steps")}
+    return [*variants, default._replace(**peaks)]
+
+
+def values_of(variant):
+    """What a variant changes in Args."""
+    form = BEST_FORM if variant.climb_steps > 0 else {}
+    return {**form, **variant._asdict()}
 
 
 def torch_works(values, options, obs_dim, act_dim, device):
@@ -358,20 +374,24 @@ def torch_works(values, options, obs_dim, act_dim, device):
     for variant in variants:
         for form in forms if variant == variants[0] else forms[-1:]:
             script = load_script(ROOT / "som_continuous_action.py")
-            args = script_args(script, {**values, **variant._asdict(), "compile": form != "eager"})
+            args = script_args(script, {**values, **values_of(variant), "compile": form != "eager"})
             starts = InPyTorch(script, args, form, obs_dim, act_dim, device).works()
-            if variant not in (variants[0], variants[-1]):  # they act and step alike
+            if variant not in (variants[0], *variants[-2:]):  # they act and step alike
                 starts = {"update": starts["update"]}
             products = update_products(args, obs_dim, act_dim)
             add("second", form, variant, gflop_of(products), starts)
-        if variant.mc_noise == "normal" and variant.score_dtype == "float32":
+        if variant.climb_steps > 0 or (variant.mc_noise == "normal" and variant.score_dtype == "float32"):
             multiply = torch_products(products, device)
             add("", "products", variant, gflop_of(products), {"products of an update": multiply})
+    if on_gpu:
+        source, target = torch.rand(2, 2**28, device=device)
+        starts = {"copy of 1 GiB": partial(target.copy_, source)}
+        add("", "copy", variants[0], "", starts)
     return works
 
 
 def jax_works(values, options, obs_dim, act_dim, device):
-    """All work of the JAX script, of one seed."""
+    """All work of the JAX script, of one seed and of several."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves PyTorch its share of a GPU
     import jax
 
@@ -386,10 +406,11 @@ def jax_works(values, options, obs_dim, act_dim, device):
         def __init__(self, args):
             rb = som_jax.ReplayBuffer(args, obs_dim, act_dim, None, NUM_ROWS)
             super().__init__(som_jax, args, rb, obs_dim)
-            rb.pack(rb.on_host[:NUM_ROWS], *random_columns(NUM_ROWS, obs_dim, act_dim))
+            num_rows = NUM_ROWS * args.num_seeds
+            rb.pack(rb.on_host[:num_rows], *random_columns(num_rows, obs_dim, act_dim))
             self.args = args
             self.ring = rb.to_device(NUM_ROWS)
-            self.keys = jax.numpy.stack([jax.random.PRNGKey(1)])  # one seed
+            self.keys = jax.numpy.stack([jax.random.PRNGKey(k) for k in range(args.num_seeds)])
             init = som_jax.side_by_side(som_jax.init, args=args, obs_dim=obs_dim, act_dim=act_dim)
             self.state = init(self.keys)
             self.acting = som_jax.part_of_seed(0, som_jax.acting_part(self.state))  # a copy
@@ -428,20 +449,28 @@ def jax_works(values, options, obs_dim, act_dim, device):
     works = []
     variants = variants_of(script_args(som_jax, values), options, device.type == "cuda")
     for variant in variants:
-        args = script_args(som_jax, {**values, **variant._asdict()})
+        args = script_args(som_jax, {**values, **values_of(variant)})
         script = InJAX(args)
         starts = script.works()
-        if variant not in (variants[0], variants[-1]):
+        full = variant in (variants[0], *variants[-2:])
+        if not full:
             starts = {"update": starts["update"]}
+        waits = dict.fromkeys(starts, script.wait)
+        if full and options.num_seeds > 1:
+            several = InJAX(replace(args, num_seeds=options.num_seeds))
+            name = f"update of {options.num_seeds} seeds"
+            starts[name] = several.update
+            waits[name] = several.wait
         gflop = gflop_of(update_products(args, obs_dim, act_dim))
         for name, start in starts.items():
             labels = {"framework": "JAX", "edition": "second", "form": "compiled", "work": name}
             labels |= {**variant._asdict(), "gflop": gflop if name == "update" else ""}
-            works.append(Work(labels, with_precision(variant.precision, start), script.wait))
+            works.append(Work(labels, with_precision(variant.precision, start), waits[name]))
     return works
 
 
 def seconds_per_call(work, seconds, back_to_back):
+    """Of a call, and of it until the function returns."""
     calls = 0
     begin = time.perf_counter()
     while calls == 0 or time.perf_counter() - begin < seconds:
@@ -449,9 +478,10 @@ def seconds_per_call(work, seconds, back_to_back):
         calls += 1
         if work.wait is not None and not back_to_back:
             work.wait()
+    host_seconds = time.perf_counter() - begin
     if work.wait is not None:
         work.wait()
-    return (time.perf_counter() - begin) / calls
+    return (time.perf_counter() - begin) / calls, host_seconds / calls
 
 
 def ratio(work, other):
@@ -470,14 +500,16 @@ def row_of(work, works):
     row["lowest ms"] = round(1e3 * min(work.seconds), 3)
     row["highest ms"] = round(1e3 * max(work.seconds), 3)
     row["back to back ms"] = ""
+    row["host ms"] = ""
     if work.seconds_back_to_back:
         row["back to back ms"] = round(1e3 * statistics.median(work.seconds_back_to_back), 3)
+        row["host ms"] = round(1e3 * statistics.median(work.host_seconds), 3)
     row["GFLOP/s"] = round(labels["gflop"] / median, 1) if labels["gflop"] else ""
     row["/ products"] = ""
     row["/ first edition"] = ""
     kind, _, _ = labels["work"].partition(",")  # the first edition's iterations have one order
     for other in works:
-        same_update = all(other.labels[name] == labels[name] for name in ("num_mc_samples", "precision"))
+        same_update = all(other.labels[name] == labels[name] for name in ("num_mc_samples", "precision", "climb_steps"))
         if labels["gflop"] and other.labels["form"] == "products" and same_update:
             row["/ products"] = ratio(work, other)
         if other.labels["edition"] == "first" and other.labels["work"].startswith(kind):
@@ -620,7 +652,8 @@ def measure(sizes, options, device):
         works = torch_works(values, options, obs_dim, act_dim, device)
     if options.jax and not options.methods:
         works += jax_works(values, options, obs_dim, act_dim, device)
-    works = [work for work in works if any(kind in work.labels["work"] for kind in options.works)]
+    kinds = (*options.works, "copy")
+    works = [work for work in works if any(kind in work.labels["work"] for kind in kinds)]
     for work in works:  # compile and warm up; the script captures a graph in its sixth call
         for _ in range(7 if work.labels["form"] == "captured" else 3):
             work.start()
@@ -628,9 +661,12 @@ def measure(sizes, options, device):
             work.wait()
     for _ in range(options.rounds):
         for work in works:
-            work.seconds.append(seconds_per_call(work, options.seconds, back_to_back=False))
+            seconds, _ = seconds_per_call(work, options.seconds, back_to_back=False)
+            work.seconds.append(seconds)
             if work.wait is not None:
-                work.seconds_back_to_back.append(seconds_per_call(work, options.seconds, back_to_back=True))
+                seconds, host_seconds = seconds_per_call(work, options.seconds, back_to_back=True)
+                work.seconds_back_to_back.append(seconds)
+                work.host_seconds.append(host_seconds)
     threads = torch.get_num_threads()
     hardware = launch.hardware(threads, 0)
     if device.type == "cuda":
