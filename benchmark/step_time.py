@@ -6,9 +6,9 @@ Beside the script's defaults stand the cheaper scores: the lattice, half of the 
 peaks (climb_steps 3), on a GPU also TF32 beside float32 (precision "high" and "highest"). An update samples its batch;
 an action is of one environment and comes back to the host. An iteration acts, steps the environments, adds their rows
 and updates: "new order" sends the update off before the environments step, as the script does, "old order" after it.
-On a GPU "captured" is the script's CUDA graph, "compiled" the same functions called plainly. "ms" waits for every call, "back to back ms" only for the last,
-and "host ms" is what the processor needs of that; PyTorch on a CPU always waits. On a GPU a copy within its memory
-gives the other ceiling beside the products.
+On a GPU "captured" is the script's CUDA graph, "compiled" the same functions called plainly. "ms" waits for every
+call, "back to back ms" only for the last, and "host ms" is what the processor needs of that; PyTorch on a CPU always
+waits. On a GPU a copy within its memory gives the other ceiling beside the products.
 
 All timings are taken in turn, round by round, so that they share the machine; what counts are their ratios: to the
 update's matrix products alone, and to the first edition of the PyTorch script, which needs a checkout of it:

@@ -19,10 +19,12 @@ CPU = torch.device("cpu")
 QUICK = {"env_id": "Pendulum-v1", "rounds": 2, "seconds": 0.0, "device": "cpu", "torch_compile": False}
 
 
-@pytest.mark.parametrize("num_layers", [2, 3])
-def test_products_are_those_of_an_update(num_layers):
-    args = som.Args(compile=False, num_layers=num_layers, **SIZES)
+@pytest.mark.parametrize(("num_layers", "form"), [(2, {}), (3, {}), (3, {"reference": "box", "climb_steps": 2})])
+def test_products_are_those_of_an_update(num_layers, form):
+    args = som.Args(compile=False, num_layers=num_layers, **SIZES, **form)
     agent = som.Agent(args, O, A, CPU)
+    # the counter's hooks on modules do not bear torch.func.grad within no_grad
+    agent.score_q_fn = lambda obs, a: agent.critic.forward(obs, a)[0].mean(dim=0)
     B = args.batch_size
     batch = som.Batch(torch.randn(B, O), torch.randn(B, O), torch.rand(B, A), torch.randn(B), torch.zeros(B))
     with FlopCounterMode(display=False) as counter:
@@ -50,11 +52,13 @@ def test_a_table_of_small_sizes(tiny, tmp_path):
     updates = [row for row in rows if row["work"] == "update"]
     scores = [(row["mc_noise"], row["num_mc_samples"], row["score_dtype"]) for row in updates]
     noises, dtypes = ("normal", "lattice"), ("float32", "bfloat16")
-    assert scores == [(noise, K, dtype) for noise in noises for K in ("6", "3") for dtype in dtypes]
+    plain = [(noise, K, dtype) for noise in noises for K in ("6", "3") for dtype in dtypes]
+    assert scores == [*plain, ("lattice", "4", "float32")]
+    assert [row["climb_steps"] for row in updates] == 8 * ["0"] + ["3"]
     assert all(float(row["/ products"]) > 0 for row in updates)
-    # of the defaults and of the cheapest score
+    # of the defaults, the cheapest plain score and the peaks
     for name in ("action", "iteration, new order", "iteration, old order"):
-        assert [row["num_mc_samples"] for row in rows if row["work"] == name] == ["6", "3"]
+        assert [row["num_mc_samples"] for row in rows if row["work"] == name] == ["6", "3", "4"]
 
 
 def test_only_what_is_asked_for_is_timed(tiny):
@@ -64,7 +68,7 @@ def test_only_what_is_asked_for_is_timed(tiny):
 
 
 def test_an_update_is_done_as_its_row_says(tiny, monkeypatch):
-    """What reaches the score: its number of samples, their kind, and the dtype of the critic's layers."""
+    """What reaches the score: its number of samples, their kind, the critic's dtype, reference and steps."""
     seen = []
     load_script = step_time.load_script
 
@@ -73,7 +77,7 @@ def test_an_update_is_done_as_its_row_says(tiny, monkeypatch):
         actor_loss = script.actor_loss
 
         def watched(u_fn, q_fn, batch, uniform, eps, mc_eps, alpha, args):
-            seen.append((mc_eps, q_fn.keywords["hidden_dtype"]))
+            seen.append((mc_eps, q_fn.keywords["hidden_dtype"], args))
             return actor_loss(u_fn, q_fn, batch, uniform, eps, mc_eps, alpha, args)
 
         script.actor_loss = watched
@@ -87,7 +91,10 @@ def test_an_update_is_done_as_its_row_says(tiny, monkeypatch):
             continue
         seen.clear()
         work.start()
-        ((mc_eps, dtype),) = seen
+        ((mc_eps, dtype, args),) = seen
+        climbs = work.labels["climb_steps"] > 0
+        assert (args.reference, args.policy_q) == (("box", "min") if climbs else ("uniform", "mean"))
+        assert args.climb_steps == work.labels["climb_steps"]
         assert mc_eps.shape == (8, work.labels["num_mc_samples"], 1)
         assert str(dtype) == f"torch.{work.labels['score_dtype']}"
         # the points of a lattice differ by the same share of the unit interval in every state
@@ -163,20 +170,33 @@ class ReplayBuffer:
 
 def test_the_first_edition_beside_the_second(tiny, tmp_path, capsys):
     (tmp_path / "som_continuous_action.py").write_text(FIRST_EDITION)
-    options = step_time.BenchmarkArgs(sizes=("small",), variants=False, first_edition=tmp_path, **QUICK)
+    options = step_time.BenchmarkArgs(sizes=("small",), variants=False, first_edition=tmp_path, num_seeds=2, **QUICK)
     rows = step_time.measure("small", options, CPU)
     works = ["update", "action", "iteration, old order"]
     assert [row["work"] for row in rows if row["edition"] == "first"] == works
     for row in rows:
-        assert (row["/ first edition"] == "") == (row["edition"] == "")
+        has_one_seed = "seeds" not in row["work"]
+        assert (row["/ first edition"] != "") == (row["edition"] != "" and has_one_seed)
     assert {row["framework"] for row in rows} == {"PyTorch", "JAX"}
     in_jax = [row for row in rows if row["framework"] == "JAX"]
-    assert [row["work"] for row in in_jax] == ["update", "action", "iteration, new order", "iteration, old order"]
-    assert all(row["back to back ms"] > 0 for row in in_jax)
+    works = ["update", "action", "iteration, new order", "iteration, old order", "update of 2 seeds"]
+    assert [row["work"] for row in in_jax] == works
+    assert all(0 < row["host ms"] <= row["back to back ms"] for row in in_jax)
+
+
+def test_the_hosts_share_ends_where_waiting_begins(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+
+    def pass_time(seconds):
+        clock[0] += seconds
+
+    work = step_time.Work({}, lambda: pass_time(1.0), lambda: pass_time(6.0))
+    assert step_time.seconds_per_call(work, 3.0, back_to_back=True) == (3.0, 1.0)  # (3 + 6) / 3 calls
 
 
 def test_ratios_are_those_of_the_rounds():
-    labels = {"num_mc_samples": 6, "precision": "high", "gflop": 2.0}
+    labels = {"num_mc_samples": 6, "precision": "high", "climb_steps": 0, "gflop": 2.0}
     own = labels | {"work": "update", "edition": "second", "form": "compiled"}
     first = labels | {"work": "update", "edition": "first", "form": "compiled"}
     products = labels | {"work": "products of an update", "edition": "", "form": "products"}
