@@ -9,7 +9,7 @@ Run it: python mfp_continuous_action.py --env-id Walker2d-v4 (in minutes on a la
 The policy turns noise into an action with ONE network evaluation. It imitates the best of its own actions:
 
     act       a = argmax_i min Q(s, a_i), where a_i = clip(eps_i - u(eps_i, 0, 1, s)), i = 1..N
-    critic    y = r + gamma (1 - terminated) min Q'(s', a'), a' as in act, Q' the target networks
+    critic    y = reward + gamma (1 - terminated) min Q'(s', a'), a' as in act, Q' target networks
     best      a* = stopgrad(a), chosen afresh in the states s of the replay buffer: no gradient of Q
     path      a_t = (1 - t) a* + t eps, v = eps - a*
     mean flow L_MF = ||u(a_t, r, t, s) - stopgrad(v - (t - r) du/dt)||^2, by one Jacobian-vector product
@@ -58,7 +58,7 @@ Batch = namedtuple("Batch", "obs next_obs actions rewards terminated")
 class Args:
     exp_name: str = "mfp_continuous_action"  # name of the experiment, a part of the run's folder
     seed: int = 1  # seed of networks, noise, environments and evaluation
-    preset: Literal["laptop"] | None = None  # small networks, a short run; flags beside it count
+    preset: Literal["laptop"] | None = None  # small networks, a short run; other flags override it
     device: Literal["auto", "cpu", "gpu"] = "auto"  # where to train; auto: on a GPU if there is one
     compile: bool = torch.cuda.is_available()  # compile acting and losses (default: on a GPU)
     matmul_precision: Literal["high", "highest"] = "high"  # of products on a GPU: TF32 or float32
@@ -78,9 +78,9 @@ class Args:
     buffer_size: int = 1_000_000  # transitions in the replay buffer
     batch_size: int = 256  # transitions in an update (B)
     updates_per_step: int = 1  # critic updates per step of all environments
-    policy_frequency: int = 1  # critic updates per policy update  # differs from the paper: 2
+    policy_frequency: int = 1  # critic updates per policy update  # differs from the paper: 2 there
     gamma: float = 0.99  # discount factor
-    tau: float = 0.005  # rate of the critics' moving averages; they move with the policy
+    tau: float = 0.005  # rate of the target critics, which are moved after each policy update
     reward_scale: float = 0.2  # factor on the reward
     policy_lr: float = 1e-4  # learning rate of the policy
     q_lr: float = 1e-4  # learning rate of the critics
@@ -348,9 +348,9 @@ class ReplayBuffer:
     """Transitions, a row each, on the training device and, for --resume, in a file.
 
     Time limits are not `terminated`: they bootstrap. Sampled are the last buffer_size rows. Kept are
-    2 checkpoint_frequency more: what the two kept checkpoints count survives until the next one, so
-    that a process killed at any moment goes on with exactly its rows. The counter is on the device as
-    well: adding and sampling never wait for the host.
+    2 checkpoint_frequency more: the rows that belong to the two kept checkpoints are not overwritten before
+    the next one, so that a process killed at any moment goes on with exactly its rows. The counter is on the
+    device as well: adding and sampling never wait for the host.
     """
 
     def __init__(self, args, obs_dim, act_dim, device, file, num_added):
@@ -360,7 +360,8 @@ class ReplayBuffer:
         self.padded_widths = [4 * math.ceil(width / 4) for width in self.widths]
         self.row_width = sum(self.padded_widths)
         num_rows = min(args.buffer_size + 2 * args.checkpoint_frequency, args.total_timesteps)
-        # the cap is for short runs, which never come round: a longer one keeps their slots
+        # a short run needs no more than total_timesteps. It never wraps around: if it is made longer, its
+        # rows keep their slots
         num_steps = math.ceil(num_rows / args.num_envs) + 2  # checkpoints can be a step late
         num_rows = num_steps * args.num_envs
         if file is None:
@@ -368,8 +369,8 @@ class ReplayBuffer:
         else:
             self.on_host = map_file(file, (num_rows, self.row_width), num_added)
         self.rows = torch.from_numpy(self.on_host).to(device)  # on the CPU the same memory
-        # one step behind the host's: add() comes before every step, the first one too, and then writes
-        # the last step again or, in a new run, zeros before the first slot
+        # one step behind the host's, as every step begins with add(). The first time the inbox holds the last
+        # step once more or, in a new run, zeros: they go to the last slots, which are not sampled
         self.num_added = torch.tensor(num_added - args.num_envs, device=device)
         self.order = torch.arange(args.num_envs, device=device)
 
@@ -380,7 +381,7 @@ class ReplayBuffer:
             rows[:, start : start + width] = column.reshape(-1, width)
 
     def host_rows(self, num_added):
-        """Where the rows of the step after the first num_added lie on the host, or in the file."""
+        """The place, on the host or in the file, of the step's rows that come after the first num_added."""
         start = num_added % len(self.on_host)
         return self.on_host[start : start + len(self.order)]
 
@@ -460,7 +461,8 @@ def load_policy(run_folder, device="cpu", **changes):
     checkpoint = load_checkpoint(Path(run_folder))
     low, high, dtype = checkpoint["action_box"]
     box = gym.spaces.Box(np.array(low, dtype), np.array(high, dtype), dtype=dtype)
-    args = replace(Args(**checkpoint["args"]), compile=False, **changes)
+    changes = {"compile": False} | changes
+    args = replace(Args(**checkpoint["args"]), **changes)
     agent = Agent(args, checkpoint["obs_dim"], len(low), torch.device(device))
     agent.load_state_dict(checkpoint["agent"])
     return make_policy(agent, box)
@@ -545,6 +547,7 @@ def env_dimensions(args):
             exit_with_error(f"--capture-video: {error}; without a display, set MUJOCO_GL=egl")
     if env.spec.max_episode_steps is None:
         warn(f"{args.env_id} has no time limit; an evaluation lasts until its episodes end")
+    # of MuJoCo's bodies; others have no model
     margins = getattr(getattr(env.unwrapped, "model", None), "geom_margin", np.zeros(1))
     if margins.any() and [int(x) for x in metadata.version("mujoco").split(".")[:2]] >= [3, 5]:
         warn(f"mujoco >= 3.5 changed the contacts of {args.env_id}; use mujoco < 3.5")
@@ -698,7 +701,7 @@ if __name__ == "__main__":
     if args.preset == "laptop":
         args = tyro.cli(Args, default=Args(preset="laptop", **LAPTOP))
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}"
-    run_folder = Path("runs", run_name.replace("/", "_"))
+    run_folder = Path("runs", run_name.replace("/", "_").replace(":", "_"))
     checkpoint = None
     start_step = 0
     both = args.resume is not None and args.evaluate is not None
@@ -714,6 +717,8 @@ if __name__ == "__main__":
             checkpoint = load_checkpoint(Path(source))
         except ValueError as error:
             exit_with_error(str(error))
+        if args.evaluate is not None:  # it asks for these itself
+            checkpoint["args"] |= {"track": False, "capture_video": False}
         args = resumed_args(checkpoint)
         start_step = checkpoint["global_step"]
     check_args(args)
@@ -743,7 +748,7 @@ if __name__ == "__main__":
     evaluations = evaluations_until(run_folder / "evaluations.csv", start_step)
     evaluation_missing = start_step > 0 and is_due(start_step, args.eval_frequency, args)
     evaluation_missing = evaluation_missing and not evaluations[-1].startswith(f"{start_step},")
-    if start_step >= last_step and not evaluation_missing:
+    if start_step >= last_step and not evaluation_missing and not args.save_model:
         print(f"{run_folder} is finished at step {start_step}; --total-timesteps MORE goes on")
         sys.exit()
     if args.compile:
@@ -773,15 +778,15 @@ if __name__ == "__main__":
             lock = lock_run(run_folder)
         rb_file = run_folder / "replay_buffer.bin" if args.checkpoint_buffer else None
         rb = ReplayBuffer(args, obs_dim, act_dim, device, rb_file, num_added)
+    if args.track:
+        import wandb
+
+        wandb.init(project="mfp", name=run_folder.name, config=config, sync_tensorboard=True)
     write_file(run_folder / "config.json", json.dumps(config, indent=2).encode())
     write_file(run_folder / "evaluations.csv", "\n".join([*evaluations, ""]).encode())
     for path in run_folder.glob("checkpoint_*.pt"):
         if int(path.stem.split("_")[1]) > start_step:  # of a branch that is left here
             path.unlink()
-    if args.track:
-        import wandb
-
-        wandb.init(project="mfp", name=run_folder.name, config=config, sync_tensorboard=True)
     writer = SummaryWriter(run_folder, purge_step=start_step + 1)  # drops what a killed run logged later
     atexit.register(writer.close)  # an error that ends the run leaves its curves
     received_signals = receive_signals()
@@ -829,7 +834,7 @@ if __name__ == "__main__":
     for global_step in progress:
         place = f"at step {global_step}, seed {args.seed}; see {run_folder}"
 
-        # ALGO LOGIC: put action logic here
+        # ALGO LOGIC: the last step's rows join the buffer, and the policy acts
         new_obs[:] = obs
         device_inbox.copy_(inbox, non_blocking=True)
         outbox.copy_(act(), non_blocking=True)
@@ -881,7 +886,7 @@ if __name__ == "__main__":
                 hours = np.median(np.diff(times)) * (last_step - global_step) / args.num_envs / 3600
                 tqdm.write(f"the rest takes {hours:.1f} hours on this CPU; --preset laptop takes minutes")
 
-        # a checkpoint comes before an evaluation, which may take long; the first one shows a full disk
+        # a checkpoint comes before an evaluation, which may take long; one in the first step shows a full disk
         evaluation_due = is_due(global_step, args.eval_frequency, args)
         checkpoint_due = is_due(global_step, args.checkpoint_frequency, args) or global_step == steps[0]
         saving = checkpoint_due or evaluation_due or len(received_signals) > 0

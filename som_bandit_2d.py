@@ -255,7 +255,7 @@ def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q
         if reference == "uniform":
             center = a_t / mu
             std = sigma / mu
-        else:  # N(a_0; 0, I) N(a_t; mu a_0, sigma^2 I) is N(a_t; 0, I) N(a_0; mu a_t, sigma^2 I)
+        else:  # as mu^2 + sigma^2 = 1, N(a_0; 0, I) N(a_t; mu a_0, sigma^2) = N(a_t; 0, I) N(a_0; mu a_t, sigma^2)
             center = mu * a_t
             std = sigma
         a_0 = center.unsqueeze(1) + std.unsqueeze(1) * eps  # (B, K, A)
@@ -263,7 +263,7 @@ def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q
         logits = alpha * q / q_scale(q, q_norm)
         return torch.logsumexp(logits, dim=1).sum(), logits
 
-    # func.grad differentiates under no_grad too, which only avoids a graph to the critic's weights
+    # func.grad differentiates within no_grad too; what no_grad saves is the graph to the critic's weights
     with torch.no_grad():
         score, logits = torch.func.grad(log_sum_exp, has_aux=True)(a_t)
     if reference == "prior":
@@ -298,14 +298,15 @@ def truncated_normal(eps, mean, std, half_width=1.0):
 
     low = ((-half_width - mean) / std).unsqueeze(1)  # (B, 1, A)
     high = ((half_width - mean) / std).unsqueeze(1)
-    # floats are exact near a probability of 0, not of 1: mirror what lies in the upper tail
+    # by the inverse CDF. Floats resolve probabilities near 0, not near 1: a box in the upper tail is
+    # mirrored to the lower one, sign = -1, and its samples back
     sign = torch.where(low > 0, -1.0, 1.0)
     lower = torch.minimum(sign * low, sign * high)
     upper = torch.maximum(sign * low, sign * high)
     mass = cdf_of(upper) - cdf_of(lower)
     cdf = cdf_of(lower) + cdf_of(sign * eps) * mass  # (B, K, A)
     z = torch.special.ndtri(cdf.clamp(1e-37, 1 - 1e-7))
-    z = sign * torch.minimum(torch.maximum(z, lower), upper)
+    z = sign * z
     a_0 = mean.unsqueeze(1) + std.unsqueeze(1) * z
     return a_0.clamp(-half_width, half_width)
 
@@ -313,9 +314,9 @@ def truncated_normal(eps, mean, std, half_width=1.0):
 def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_width=1.0, local_variance=0.1):
     """As estimate_score, for p_0 ~ exp(alpha Q) inside the box and 0 outside (beyond the paper).
 
-    By Tweedie's formula the score is (mu m - a_t) / sigma^2, where m, inside the box, is the mean of a_0
-    given a_t: it is bounded at any alpha. The weighted mean of the samples sees distant modes, and serves
-    while they are spread. Close to t = 0 its error is theirs, and the slope of Q serves.
+    By Tweedie's formula the score is (mu m - a_t) / sigma^2, where m is the mean of a_0 given a_t. As m is
+    inside the box, v is bounded at any alpha. m blends two estimates: the weighted mean of the samples, which
+    sees distant modes, and, close to t = 0, where its error is divided by sigma^2, their plain mean moved up Q.
     """
     a_0 = truncated_normal(eps, a_t / mu, sigma / mu, half_width)  # (B, K, A)
 
@@ -325,13 +326,14 @@ def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_
         return torch.logsumexp(logits, dim=1).sum(), logits
 
     with torch.no_grad():
-        gradients, logits = torch.func.grad(log_sum_exp, has_aux=True)(a_0)  # (B, K, A), weighted
+        gradients, logits = torch.func.grad(log_sum_exp, has_aux=True)(a_0)  # (B, K, A), weight times slope
     weights = logits.softmax(dim=1).unsqueeze(-1)  # (B, K, 1)
     weighted_mean = (weights * a_0).sum(dim=1)  # (B, A)
     # where Q is linear the posterior is the truncated normal, moved by its variance times the slope
     slope = gradients.sum(dim=1)
     moved_mean = a_0.mean(dim=1) + a_0.var(dim=1) * slope
     moved_mean = moved_mean.clamp(-half_width, half_width)
+    # one half where the variance of the samples, sigma^2 / mu^2, is local_variance
     share = sigma**2 / (sigma**2 + local_variance * mu**2)
     m = share * weighted_mean + (1 - share) * moved_mean
     return (mu * m - a_t) / sigma.clamp(min=1e-3) ** 2, logits

@@ -9,15 +9,16 @@ Run it: python som_continuous_action.py --env-id Walker2d-v4 (in minutes on a la
 The policy turns noise into an action with ONE network evaluation. The field it imitates comes from the critic alone:
 
     act       a = argmax_i Q(s, a_i), where a_i = eps_i - u(eps_i, 0, 1, s), i = 1..N              (Algorithm 1)
-    critic    y = r + gamma (1 - terminated) min Q'(s', a'), a' as in act, Q' the target networks  (Section 4.4)
+    critic    y = reward + gamma (1 - terminated) min Q'(s', a'), a' as in act, Q' target networks (Section 4.4)
     score     grad log p_t(a_t|s) = grad_{a_t} log sum_k exp(alpha Q(s, (a_t + sigma eps_k) / mu)) (Eq 5)
     velocity  v = -beta/2 (a_t + w score / ||score||), the probability-flow ODE of the VP path     (Eq 6, 8)
     target    u_tgt = v - (t - r) (v d_a u + d_t u), by one Jacobian-vector product                (Eq 7)
     actor     ||u(a_t, r, t, s) - stopgrad(u_tgt)||^2, a_t = mu a_0 + sigma eps, (s, a_0) from the replay buffer
 
 Conventions: t = 1 is noise, t = 0 is the action, 0 <= r <= t <= 1. Inside the learner actions live in [-1, 1]^A.
-Acting starts from N(0, I), though mu(1) = 0.76 with the default beta: what the paper leaves open, see docs/som.md.
-alpha is an INVERSE temperature: p_0(a|s) is proportional to exp(alpha Q(s, a)).
+With the default beta a_1 = 0.76 a_0 + 0.65 eps, but acting starts from pure noise, as in the paper: see docs/som.md.
+alpha is an INVERSE temperature: p_0(a|s) is proportional to exp(alpha Q(s, a)), Q in units of its std over actions.
+lambda scales the exploration noise up and alpha down; it follows a schedule, or is 1.
 Shapes: B states, N actions in each of them, A coordinates: (B, N, A). Twins come first: (2, B, N).
 """
 
@@ -58,7 +59,7 @@ Batch = namedtuple("Batch", "obs next_obs actions rewards terminated")
 class Args:
     exp_name: str = "som_continuous_action"  # name of the experiment, a part of the run's folder
     seed: int = 1  # seed of networks, noise, environments and evaluation
-    preset: Literal["laptop"] | None = None  # small networks, a short run; flags beside it count
+    preset: Literal["laptop", "peaks"] | None = None  # small networks, a short run; other flags override it
     device: Literal["auto", "cpu", "gpu"] = "auto"  # where to train; auto: on a GPU if there is one
     compile: bool = torch.cuda.is_available()  # compile acting and losses (default: on a GPU)
     matmul_precision: Literal["high", "highest"] = "high"  # of products on a GPU: TF32 or float32
@@ -78,31 +79,31 @@ class Args:
     buffer_size: int = 1_000_000  # transitions in the replay buffer
     batch_size: int = 256  # transitions in an update (B)
     updates_per_step: int = 1  # critic updates per step of all environments
-    policy_frequency: int = 1  # critic updates per policy update  # differs from the paper: 2
+    policy_frequency: int = 1  # critic updates per policy update  # differs from the paper: 2 there
     gamma: float = 0.99  # discount factor
-    tau: float = 0.005  # rate of the critics' moving averages; they move with the policy
-    policy_tau: float = 0.005  # of the policy that acts  # differs from the paper: none
+    tau: float = 0.005  # rate of the target critics, which are moved after each policy update
+    policy_tau: float = 0.005  # of the actor's average, which acts  # differs from the paper: no average
     reward_scale: float = 0.2  # factor on the reward
     policy_lr: float = 1e-4  # learning rate of the policy
     q_lr: float = 1e-4  # learning rate of the critics
     hidden_dim: int = 256  # width of a hidden layer
     num_layers: int = 3  # hidden layers of policy and critics
     num_frequencies: int = 8  # sines and cosines of the times, from 1 to 3 rad
-    critic_loss: Literal["distributional", "mse"] = "mse"  # differs from the paper: DACER's
-    reference: Literal["uniform", "prior", "box"] = "uniform"  # p_0 over exp(alpha Q): 1, N(0, I), or 1 in the box
+    critic_loss: Literal["distributional", "mse"] = "mse"  # differs from the paper: DACER's, distributional
+    reference: Literal["uniform", "prior", "box"] = "uniform"  # factor of p_0: 1, N(0, I), or 1 in the box
     sde: Literal["vp", "ve"] = "vp"  # variance preserving (Eq 1), or exploding (Appendix B)
     num_mc_samples: int = 100  # Monte-Carlo samples of the score (K)
     mc_noise: Literal["normal", "lattice"] = "normal"  # independent, or one Sobol set, shifted
-    climb_steps: int = 0  # with --reference box: steps of the samples to the peaks that they are near
+    climb_steps: int = 0  # with --reference box: steps up, of each sample to a peak near it; 0: none
     score_dtype: Literal["float32", "bfloat16"] = "float32"  # of hidden layers in the score
     best_of_n: int = 32  # candidate actions in acting and bootstrapping (N)
     policy_q: Literal["mean", "min"] = "mean"  # of the twins, in the score and best-of-N
-    q_norm: Literal["batch", "state"] = "state"  # std under Q  # differs from the paper: batch
+    q_norm: Literal["batch", "state"] = "state"  # over which Q's std is taken  # differs from the paper: batch
     inverse_temperature: float = 5.0  # of the target: alpha = inverse_temperature / lambda
     score_scale: float = 25.0  # norm of the rescaled score of Eq 8 (w)
     beta_min: float = 0.1  # beta(0) of the VP schedule
     beta_max: float = 1.0  # beta(1) of the VP schedule; the paper prints none
-    zero_r_ratio: float = 0.5  # share of r = 0, as in acting  # differs from the paper: 0
+    zero_r_ratio: float = 0.5  # share of r = 0, as in acting  # differs from the paper: 0 there
     noise_scale: float = 0.1  # of the exploration: its std is noise_scale lambda
     autotune: bool = True  # move lambda, from initial_lambda on; without, it is 1 throughout
     initial_lambda: float = 5.0  # lambda at the start, if it moves
@@ -115,6 +116,11 @@ class Args:
 LAPTOP = {"total_timesteps": 200_000, "learning_starts": 5_000, "eval_frequency": 20_000}
 LAPTOP |= {"hidden_dim": 64, "batch_size": 128, "policy_lr": 1e-3, "q_lr": 1e-3, "num_envs": 4}
 LAPTOP |= {"num_mc_samples": 8, "best_of_n": 16, "autotune": False}
+# beyond the paper: a field that points at the best action, for long runs
+PEAKS = LAPTOP | {"total_timesteps": 1_000_000, "policy_q": "min", "autotune": True}
+PEAKS |= {"reference": "box", "climb_steps": 3, "num_mc_samples": 4, "mc_noise": "lattice"}
+PEAKS |= {"inverse_temperature": 60.0, "initial_lambda": 3.0, "alpha_delay": 1_000}
+PRESETS = {"laptop": LAPTOP, "peaks": PEAKS}
 
 
 def make_env(env_id, video_folder=None):
@@ -251,7 +257,7 @@ def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q
         if reference == "uniform":
             center = a_t / mu
             std = sigma / mu
-        else:  # N(a_0; 0, I) N(a_t; mu a_0, sigma^2 I) is N(a_t; 0, I) N(a_0; mu a_t, sigma^2 I)
+        else:  # as mu^2 + sigma^2 = 1, N(a_0; 0, I) N(a_t; mu a_0, sigma^2) = N(a_t; 0, I) N(a_0; mu a_t, sigma^2)
             center = mu * a_t
             std = sigma
         a_0 = center.unsqueeze(1) + std.unsqueeze(1) * eps  # (B, K, A)
@@ -259,7 +265,7 @@ def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q
         logits = alpha * q / q_scale(q, q_norm)
         return torch.logsumexp(logits, dim=1).sum(), logits
 
-    # func.grad differentiates under no_grad too, which only avoids a graph to the critic's weights
+    # func.grad differentiates within no_grad too; what no_grad saves is the graph to the critic's weights
     with torch.no_grad():
         score, logits = torch.func.grad(log_sum_exp, has_aux=True)(a_t)
     if reference == "prior":
@@ -275,14 +281,15 @@ def truncated_normal(eps, mean, std, half_width=1.0):
 
     low = ((-half_width - mean) / std).unsqueeze(1)  # (B, 1, A)
     high = ((half_width - mean) / std).unsqueeze(1)
-    # floats are exact near a probability of 0, not of 1: mirror what lies in the upper tail
+    # by the inverse CDF. Floats resolve probabilities near 0, not near 1: a box in the upper tail is
+    # mirrored to the lower one, sign = -1, and its samples back
     sign = torch.where(low > 0, -1.0, 1.0)
     lower = torch.minimum(sign * low, sign * high)
     upper = torch.maximum(sign * low, sign * high)
     mass = cdf_of(upper) - cdf_of(lower)
     cdf = cdf_of(lower) + cdf_of(sign * eps) * mass  # (B, K, A)
     z = torch.special.ndtri(cdf.clamp(1e-37, 1 - 1e-7))
-    z = sign * torch.minimum(torch.maximum(z, lower), upper)
+    z = sign * z
     a_0 = mean.unsqueeze(1) + std.unsqueeze(1) * z
     return a_0.clamp(-half_width, half_width)
 
@@ -290,9 +297,9 @@ def truncated_normal(eps, mean, std, half_width=1.0):
 def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_width=1.0, local_variance=0.1):
     """As estimate_score, for p_0 ~ exp(alpha Q) inside the box and 0 outside (beyond the paper).
 
-    By Tweedie's formula the score is (mu m - a_t) / sigma^2, where m, inside the box, is the mean of a_0
-    given a_t: it is bounded at any alpha. The weighted mean of the samples sees distant modes, and serves
-    while they are spread. Close to t = 0 its error is theirs, and the slope of Q serves.
+    By Tweedie's formula the score is (mu m - a_t) / sigma^2, where m is the mean of a_0 given a_t. As m is
+    inside the box, v is bounded at any alpha. m blends two estimates: the weighted mean of the samples, which
+    sees distant modes, and, close to t = 0, where its error is divided by sigma^2, their plain mean moved up Q.
     """
     a_0 = truncated_normal(eps, a_t / mu, sigma / mu, half_width)  # (B, K, A)
 
@@ -302,13 +309,14 @@ def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_
         return torch.logsumexp(logits, dim=1).sum(), logits
 
     with torch.no_grad():
-        gradients, logits = torch.func.grad(log_sum_exp, has_aux=True)(a_0)  # (B, K, A), weighted
+        gradients, logits = torch.func.grad(log_sum_exp, has_aux=True)(a_0)  # (B, K, A), weight times slope
     weights = logits.softmax(dim=1).unsqueeze(-1)  # (B, K, 1)
     weighted_mean = (weights * a_0).sum(dim=1)  # (B, A)
     # where Q is linear the posterior is the truncated normal, moved by its variance times the slope
     slope = gradients.sum(dim=1)
     moved_mean = a_0.mean(dim=1) + a_0.var(dim=1) * slope
     moved_mean = moved_mean.clamp(-half_width, half_width)
+    # one half where the variance of the samples, sigma^2 / mu^2, is local_variance
     share = sigma**2 / (sigma**2 + local_variance * mu**2)
     m = share * weighted_mean + (1 - share) * moved_mean
     return (mu * m - a_t) / sigma.clamp(min=1e-3) ** 2, logits
@@ -340,11 +348,13 @@ def climb(log_density, a, rate, num_steps, half_width=1.0):
 def estimate_peak_score(q_fn, obs, a_t, mu, sigma, eps, alpha, num_steps, q_norm=None, half_width=1.0):
     """As estimate_box_score, for an alpha so large that few of K samples count (beyond the paper).
 
-    What a_0 can be given a_t, exp(alpha Q(a_0)) N(a_t; mu a_0, sigma^2), is narrow then around its peaks.
-    The samples climb them, and m is the mean of the peaks, weighted by their heights.
+    The posterior of a_0 given a_t, exp(alpha Q(a_0)) N(a_t; mu a_0, sigma^2), is narrow then around its
+    peaks. Each sample climbs one, and m is the mean of where they end, weighted by the heights there.
     """
     variance = sigma.clamp(min=1e-3) ** 2
     a_0 = truncated_normal(eps, a_t / mu, sigma / mu, half_width)  # (B, K, A)
+    with torch.no_grad():
+        scale = q_scale(q_fn(obs, a_0), q_norm)
 
     def log_posterior(a_0):
         errors = a_t.unsqueeze(1) - mu.unsqueeze(1) * a_0
@@ -352,7 +362,6 @@ def estimate_peak_score(q_fn, obs, a_t, mu, sigma, eps, alpha, num_steps, q_norm
         return alpha * q_fn(obs, a_0) / scale + log_likelihood  # (B, K)
 
     with torch.no_grad():
-        scale = q_scale(q_fn(obs, a_0), q_norm)
         # at this rate one step ends at the peak if Q is linear
         a_0 = climb(log_posterior, a_0, variance / mu**2, num_steps, half_width)
         logits = log_posterior(a_0)
@@ -441,8 +450,8 @@ def distributional_critic_loss(q_dist, target_q_dist, batch, next_actions, z, me
     std = std.squeeze(-1)
     batch_std = std.detach().mean(dim=1, keepdim=True)
     mean_std = torch.where(mean_std.isnan(), batch_std, mean_std.lerp(batch_std, args.tau))
-    # only its gradient has a meaning, that of a Gaussian's likelihood of the two targets, rescaled:
-    # -mean_pull for the mean, -std_pull for the std
+    # the loss's value has no meaning. Its gradients are -mean_pull and -std_pull, those of a Gaussian's
+    # negative log-likelihood, of y for the mean and of y_sample for the std, times mean_std^2 + eps
     spread = (y_sample - mean).clamp(-3 * mean_std, 3 * mean_std).square()
     mean_pull = (y - mean) / (std.square() + eps)
     std_pull = (spread - std.square()) / (std.pow(3) + eps)
@@ -464,7 +473,7 @@ def actor_loss(u_fn, q_fn, batch, uniform, eps, mc_eps, alpha, args):
     uniform: (B, 2) in [0, 1]. eps: (B, A) and mc_eps: (B, K, A) standard normal.
     """
     r, t = sample_r_t(uniform, args.zero_r_ratio)
-    if args.reference != "uniform":
+    if args.reference != "uniform":  # with mu(1) = 0: a_1 is the noise from which acting starts
         mu, sigma, f, g2 = cosine_schedule(t)
     elif args.sde == "vp":
         mu, sigma, f, g2 = vp_schedule(t, args.beta_min, args.beta_max)
@@ -478,7 +487,8 @@ def actor_loss(u_fn, q_fn, batch, uniform, eps, mc_eps, alpha, args):
         score, logits = estimate_box_score(*inputs, args.q_norm)
     else:
         score, logits = estimate_score(*inputs, args.reference, args.q_norm)
-    score_scale = args.score_scale if args.reference == "uniform" else None  # the others' fit f a_t
+    # Eq 8 is for "uniform" alone: the scores of the others have the size that goes with f a_t
+    score_scale = args.score_scale if args.reference == "uniform" else None
     v = pf_ode_velocity(a_t, score, f, g2, score_scale)
     flow = [x.unsqueeze(1) for x in (a_t, r, t, v)]  # N = 1 action in each state
     errors, dudt = meanflow_loss(partial(u_fn, batch.obs), *flow)
@@ -509,7 +519,7 @@ class Agent(nn.Module):
         sizes = (args.hidden_dim, args.num_layers)
         self.actor = MeanFlowActor(obs_dim, act_dim, *sizes, args.num_frequencies)
         self.acting_actor = copy.deepcopy(self.actor).requires_grad_(False)  # its moving average
-        self.critic = QNetwork(2, obs_dim, act_dim, 2, *sizes)
+        self.critic = QNetwork(2, obs_dim, act_dim, 2, *sizes)  # twins; mean and, if it is trained, std
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.register_buffer("mean_std", torch.full((2, 1), math.nan))  # of the distributional loss
         # lambda scales the exploration noise up and the inverse temperature down
@@ -592,7 +602,7 @@ class Agent(nn.Module):
         return info
 
     def update_lambda(self):
-        """Move the entropy of the noise N(0, (noise_scale lambda)^2) to target_entropy: a schedule."""
+        """Move the entropy of the noise N(0, (noise_scale lambda)^2) to target_entropy: no data, a schedule."""
         std = self.args.noise_scale * self.log_lambda.detach().exp()
         entropy = 0.5 * math.log(2 * math.pi * math.e) + std.log()
         self.descend("lambda", self.log_lambda * (entropy - self.args.target_entropy))
@@ -612,9 +622,9 @@ class ReplayBuffer:
     """Transitions, a row each, on the training device and, for --resume, in a file.
 
     Time limits are not `terminated`: they bootstrap. Sampled are the last buffer_size rows. Kept are
-    2 checkpoint_frequency more: what the two kept checkpoints count survives until the next one, so
-    that a process killed at any moment goes on with exactly its rows. The counter is on the device as
-    well: adding and sampling never wait for the host.
+    2 checkpoint_frequency more: the rows that belong to the two kept checkpoints are not overwritten before
+    the next one, so that a process killed at any moment goes on with exactly its rows. The counter is on the
+    device as well: adding and sampling never wait for the host.
     """
 
     def __init__(self, args, obs_dim, act_dim, device, file, num_added):
@@ -624,7 +634,8 @@ class ReplayBuffer:
         self.padded_widths = [4 * math.ceil(width / 4) for width in self.widths]
         self.row_width = sum(self.padded_widths)
         num_rows = min(args.buffer_size + 2 * args.checkpoint_frequency, args.total_timesteps)
-        # the cap is for short runs, which never come round: a longer one keeps their slots
+        # a short run needs no more than total_timesteps. It never wraps around: if it is made longer, its
+        # rows keep their slots
         num_steps = math.ceil(num_rows / args.num_envs) + 2  # checkpoints can be a step late
         num_rows = num_steps * args.num_envs
         if file is None:
@@ -632,8 +643,8 @@ class ReplayBuffer:
         else:
             self.on_host = map_file(file, (num_rows, self.row_width), num_added)
         self.rows = torch.from_numpy(self.on_host).to(device)  # on the CPU the same memory
-        # one step behind the host's: add() comes before every step, the first one too, and then writes
-        # the last step again or, in a new run, zeros before the first slot
+        # one step behind the host's, as every step begins with add(). The first time the inbox holds the last
+        # step once more or, in a new run, zeros: they go to the last slots, which are not sampled
         self.num_added = torch.tensor(num_added - args.num_envs, device=device)
         self.order = torch.arange(args.num_envs, device=device)
 
@@ -644,7 +655,7 @@ class ReplayBuffer:
             rows[:, start : start + width] = column.reshape(-1, width)
 
     def host_rows(self, num_added):
-        """Where the rows of the step after the first num_added lie on the host, or in the file."""
+        """The place, on the host or in the file, of the step's rows that come after the first num_added."""
         start = num_added % len(self.on_host)
         return self.on_host[start : start + len(self.order)]
 
@@ -724,7 +735,8 @@ def load_policy(run_folder, device="cpu", **changes):
     checkpoint = load_checkpoint(Path(run_folder))
     low, high, dtype = checkpoint["action_box"]
     box = gym.spaces.Box(np.array(low, dtype), np.array(high, dtype), dtype=dtype)
-    args = replace(Args(**checkpoint["args"]), compile=False, **changes)
+    changes = {"compile": False} | changes
+    args = replace(Args(**checkpoint["args"]), **changes)
     agent = Agent(args, checkpoint["obs_dim"], len(low), torch.device(device))
     agent.load_state_dict(checkpoint["agent"])
     return make_policy(agent, box)
@@ -814,6 +826,7 @@ def env_dimensions(args):
             exit_with_error(f"--capture-video: {error}; without a display, set MUJOCO_GL=egl")
     if env.spec.max_episode_steps is None:
         warn(f"{args.env_id} has no time limit; an evaluation lasts until its episodes end")
+    # of MuJoCo's bodies; others have no model
     margins = getattr(getattr(env.unwrapped, "model", None), "geom_margin", np.zeros(1))
     if margins.any() and [int(x) for x in metadata.version("mujoco").split(".")[:2]] >= [3, 5]:
         warn(f"mujoco >= 3.5 changed the contacts of {args.env_id}; use mujoco < 3.5")
@@ -964,10 +977,11 @@ def receive_signals():
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
-    if args.preset == "laptop":
-        args = tyro.cli(Args, default=Args(preset="laptop", **LAPTOP))
+    if args.preset is not None:
+        preset = PRESETS[args.preset]
+        args = tyro.cli(Args, default=Args(preset=args.preset, **preset))
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}"
-    run_folder = Path("runs", run_name.replace("/", "_"))
+    run_folder = Path("runs", run_name.replace("/", "_").replace(":", "_"))
     checkpoint = None
     start_step = 0
     both = args.resume is not None and args.evaluate is not None
@@ -983,6 +997,8 @@ if __name__ == "__main__":
             checkpoint = load_checkpoint(Path(source))
         except ValueError as error:
             exit_with_error(str(error))
+        if args.evaluate is not None:  # it asks for these itself
+            checkpoint["args"] |= {"track": False, "capture_video": False}
         args = resumed_args(checkpoint)
         start_step = checkpoint["global_step"]
     check_args(args)
@@ -1012,7 +1028,7 @@ if __name__ == "__main__":
     evaluations = evaluations_until(run_folder / "evaluations.csv", start_step)
     evaluation_missing = start_step > 0 and is_due(start_step, args.eval_frequency, args)
     evaluation_missing = evaluation_missing and not evaluations[-1].startswith(f"{start_step},")
-    if start_step >= last_step and not evaluation_missing:
+    if start_step >= last_step and not evaluation_missing and not args.save_model:
         print(f"{run_folder} is finished at step {start_step}; --total-timesteps MORE goes on")
         sys.exit()
     if args.compile:
@@ -1044,15 +1060,15 @@ if __name__ == "__main__":
             lock = lock_run(run_folder)
         rb_file = run_folder / "replay_buffer.bin" if args.checkpoint_buffer else None
         rb = ReplayBuffer(args, obs_dim, act_dim, device, rb_file, num_added)
+    if args.track:
+        import wandb
+
+        wandb.init(project="som", name=run_folder.name, config=config, sync_tensorboard=True)
     write_file(run_folder / "config.json", json.dumps(config, indent=2).encode())
     write_file(run_folder / "evaluations.csv", "\n".join([*evaluations, ""]).encode())
     for path in run_folder.glob("checkpoint_*.pt"):
         if int(path.stem.split("_")[1]) > start_step:  # of a branch that is left here
             path.unlink()
-    if args.track:
-        import wandb
-
-        wandb.init(project="som", name=run_folder.name, config=config, sync_tensorboard=True)
     writer = SummaryWriter(run_folder, purge_step=start_step + 1)  # drops what a killed run logged later
     atexit.register(writer.close)  # an error that ends the run leaves its curves
     received_signals = receive_signals()
@@ -1100,7 +1116,7 @@ if __name__ == "__main__":
     for global_step in progress:
         place = f"at step {global_step}, seed {args.seed}; see {run_folder}"
 
-        # ALGO LOGIC: put action logic here
+        # ALGO LOGIC: the last step's rows join the buffer, and the policy acts
         new_obs[:] = obs
         device_inbox.copy_(inbox, non_blocking=True)
         outbox.copy_(act(), non_blocking=True)
@@ -1154,7 +1170,7 @@ if __name__ == "__main__":
                 hours = np.median(np.diff(times)) * (last_step - global_step) / args.num_envs / 3600
                 tqdm.write(f"the rest takes {hours:.1f} hours on this CPU; --preset laptop takes minutes")
 
-        # a checkpoint comes before an evaluation, which may take long; the first one shows a full disk
+        # a checkpoint comes before an evaluation, which may take long; one in the first step shows a full disk
         evaluation_due = is_due(global_step, args.eval_frequency, args)
         checkpoint_due = is_due(global_step, args.checkpoint_frequency, args) or global_step == steps[0]
         saving = checkpoint_due or evaluation_due or len(received_signals) > 0

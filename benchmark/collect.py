@@ -70,6 +70,18 @@ def literal(node):
         return False, None
 
 
+def dict_of(node, known):
+    """The value of {...}, of a known name, or of two of them joined by |; None of anything else."""
+    if isinstance(node, ast.Name):
+        return known.get(node.id)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        left = dict_of(node.left, known)
+        right = dict_of(node.right, known)
+        return None if left is None or right is None else left | right
+    is_literal, value = literal(node)
+    return value if is_literal and isinstance(value, dict) else None
+
+
 @functools.cache
 def defaults_of(script, preset=None):
     """The literal defaults of a script's Args, with those of a preset; None if the script is not here."""
@@ -77,18 +89,22 @@ def defaults_of(script, preset=None):
     if not path.is_file():
         return None
     defaults = {}
-    for_preset = {}
+    dicts = {}  # of the module, by their names
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.ClassDef) and node.name == "Args":
             for field in node.body:
                 is_literal, value = literal(getattr(field, "value", None))
                 if isinstance(field, ast.AnnAssign) and is_literal:
                     defaults[field.target.id] = value
-        # LAPTOP = {...}, then LAPTOP |= {...}; so does sb3.py with the name of an algorithm
-        if isinstance(node, ast.Assign | ast.AugAssign) and preset is not None:
+        # LAPTOP = {...}, LAPTOP |= {...}, PEAKS = LAPTOP | {...}; so does sb3.py with the name of an algorithm
+        if isinstance(node, ast.Assign | ast.AugAssign):
             target = node.target if isinstance(node, ast.AugAssign) else node.targets[0]
-            if getattr(target, "id", None) == preset.upper():
-                for_preset |= ast.literal_eval(node.value)
+            name = getattr(target, "id", None)
+            value = dict_of(node.value, dicts)
+            if name is not None and value is not None:
+                before = dicts.get(name, {}) if isinstance(node, ast.AugAssign) else {}
+                dicts[name] = before | value
+    for_preset = dicts.get(preset.upper(), {}) if preset is not None else {}
     return defaults | for_preset
 
 

@@ -54,8 +54,9 @@ ROOT = Path(__file__).parents[1]
 SIZES = {"paper": {}, "small": som.LAPTOP}  # what differs from the script's defaults
 NUM_ROWS = 10_000  # in the replay buffer
 SB3 = "benchmark/sb3.py"
-# what the longest runs of docs/results.md have beside the preset
-BEST_FORM = {"reference": "box", "climb_steps": 3, "num_mc_samples": 4, "mc_noise": "lattice", "policy_q": "min"}
+# the field of --preset peaks, at any size
+BEST_FORM = ("reference", "climb_steps", "num_mc_samples", "mc_noise", "policy_q")
+BEST_FORM = {name: som.PEAKS[name] for name in BEST_FORM}
 # --methods: a method's script, and what it is asked for there; the first is what the others are compared with
 METHODS = {
     "SOM": ("som_continuous_action.py", {}),

@@ -111,6 +111,13 @@ def test_a_preset_stands_for_its_values():
     assert words == "--seed 2 --preset laptop --num-envs 5 --gamma 0.9".split()
 
 
+def test_a_preset_that_is_made_of_another():
+    peaks = collect.defaults_of("som_continuous_action.py", "peaks")
+    assert peaks["hidden_dim"] == 64 and peaks["num_mc_samples"] == 4 and peaks["reference"] == "box"
+    _, words = words_of_command(peaks | {"preset": "peaks", "seed": 1, "climb_steps": 2})
+    assert words == "--preset peaks --climb-steps 2".split()
+
+
 def test_a_script_that_was_copied_elsewhere_keeps_its_flags():
     script, words = words_of_command(CONFIG | {"script": "my_som.py", "num_envs": 4, "autotune": False})
     assert script == "my_som.py"

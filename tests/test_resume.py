@@ -433,6 +433,57 @@ def test_a_finished_run_says_so(run_loop, finished, capsys):
     assert before == contents(finished)
 
 
+def test_a_finished_run_can_still_save_its_model(run_loop, finished):
+    run_loop("--resume", str(finished), "--save-model")
+    saved = torch.load(finished / "model.pt", weights_only=True)
+    last = torch.load(checkpoints(finished)[-1], weights_only=True)["agent"]
+    assert saved["critic"]
+    for name, weight in saved["critic"].items():
+        torch.testing.assert_close(weight, last[f"critic.{name}"], rtol=0, atol=0)
+
+
+def change_args(run_folder, **changes):
+    """Write other arguments into the newest checkpoint of a run."""
+    path = sorted(run_folder.glob("checkpoint_*.pt"))[-1]
+    checkpoint = torch.load(path, weights_only=True)
+    torch.save(checkpoint | {"args": checkpoint["args"] | changes}, path)
+
+
+def test_an_evaluation_needs_nothing_that_only_training_needs(run_loop, finished, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    change_args(finished, track=True, capture_video=True)
+    assert "--track needs wandb" in refused(run_loop, capsys, "--resume", str(finished), *MORE)
+    with pytest.raises(SystemExit) as stop:
+        run_loop("--evaluate", str(finished))
+    assert not stop.value.code and capsys.readouterr().out.startswith("return ")
+    assert not (finished / "videos").exists()
+
+
+def test_a_start_that_fails_loses_nothing(run_loop, finished, monkeypatch):
+    """wandb without a login, where an older checkpoint is to be gone on with."""
+    wandb = types.ModuleType("wandb")
+    wandb.__spec__ = object()
+
+    def init(**options):
+        raise RuntimeError("no login")
+
+    wandb.init = init
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    older = sorted(finished.glob("checkpoint_*.pt"))[0]
+    before = contents(finished)
+    with pytest.raises(RuntimeError, match="no login"):
+        run_loop("--resume", str(older), "--track")
+    left = contents(finished)
+    assert left.keys() == before.keys()
+    assert all(left[name] == data for name, data in before.items() if name != "replay_buffer.bin")
+
+
+def test_the_changes_of_load_policy_may_name_any_argument(script, finished):
+    script = runpy.run_path(str(script))
+    policy = script["load_policy"](finished, compile=False, best_of_n=2)
+    assert policy(np.zeros(3)).shape == (2,)
+
+
 def unwritable(run_loop, capsys, *flags):
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:

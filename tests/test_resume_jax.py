@@ -408,8 +408,26 @@ def test_without_its_buffer_a_run_collects_before_it_learns_on(finished, tmp_pat
     assert run_loop(tmp_path, "--resume", finished, "--total-timesteps", "280", "--checkpoint-buffer").num_added == 20
 
 
-def test_the_networks_are_saved_at_the_end(finished, tmp_path):
-    run = run_loop(tmp_path, "--resume", finished, "--total-timesteps", "202", "--save-model")
+def test_an_evaluation_needs_nothing_that_only_training_needs(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    (path, *_) = sorted(finished.glob("checkpoint_*"), reverse=True)
+
+    def track(arrays):
+        entries = json.loads(str(arrays["entries"]))
+        entries["args"] |= {"track": True, "capture_video": True}
+        return arrays | {"entries": json.dumps(entries)}
+
+    rewrite(track)(path)
+    assert "--track needs wandb" in refused(capsys, tmp_path, "--resume", finished, "--total-timesteps", "300")
+    with pytest.raises(SystemExit) as stop:
+        run_loop(tmp_path, "--evaluate", finished)
+    assert not stop.value.code and capsys.readouterr().out.startswith("return ")
+    assert not (finished / "videos").exists()
+
+
+@pytest.mark.parametrize("total", ["200", "202"])  # a finished run, and one that goes on
+def test_the_networks_are_saved_at_the_end(finished, tmp_path, total):
+    run = run_loop(tmp_path, "--resume", finished, "--total-timesteps", total, "--save-model")
     for k, folder in enumerate((finished, second(finished))):
         with np.load(folder / "model.npz") as model:
             assert json.loads(str(model["config"]))["seed"] == k + 1

@@ -366,18 +366,23 @@ PRESET = {
     "q_lr": 1e-3, "num_envs": 4, "learning_starts": 5000, "autotune": False, "total_timesteps": 200_000,
     "eval_frequency": 20_000,
 }  # fmt: skip
+PEAKS = {
+    "reference": "box", "climb_steps": 3, "num_mc_samples": 4, "mc_noise": "lattice", "policy_q": "min",
+    "inverse_temperature": 60.0, "initial_lambda": 3.0, "alpha_delay": 1_000, "autotune": True,
+}  # fmt: skip
 
 
-def test_preset_and_the_flags_beside_it(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize(("preset", "own"), [("laptop", {"autotune": True}), ("peaks", PEAKS)])
+def test_preset_and_the_flags_beside_it(monkeypatch, tmp_path, capsys, preset, own):
     monkeypatch.setattr(sys.modules[__name__], "TINY", [])
     # some of them are the values that hold without a preset
     changed = {"batch_size": 256, "num_envs": 5, "hidden_dim": 8, "total_timesteps": 400, "learning_starts": 200}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in changed.items()]
-    flags = ["--env-id", "Truncates-v0", *flags[:2], "--preset", "laptop", "--autotune", *flags[2:]]
+    flags = ["--env-id", "Truncates-v0", *flags[:2], "--preset", preset, "--autotune", *flags[2:]]
     run = run_loop(monkeypatch, tmp_path, *flags)
     config = json.loads((run.run_folder / "config.json").read_text())
-    expected = dataclasses.asdict(som.Args(env_id="Truncates-v0", preset="laptop"))
-    expected |= PRESET | changed | {"autotune": True}
+    expected = dataclasses.asdict(som.Args(env_id="Truncates-v0", preset=preset))
+    expected |= PRESET | own | changed
     assert {name: config[name] for name in expected} == expected
     assert dataclasses.asdict(run.args) == expected
     assert "on this CPU" not in capsys.readouterr().out
