@@ -347,10 +347,10 @@ def soft_update(target, source, tau):
 class ReplayBuffer:
     """Transitions, a row each, on the training device and, for --resume, in a file.
 
-    Time limits are not `terminated`: they bootstrap. Sampled are the last buffer_size rows. Kept are
-    2 checkpoint_frequency more: the rows that belong to the two kept checkpoints are not overwritten before
-    the next one, so that a process killed at any moment goes on with exactly its rows. The counter is on the
-    device as well: adding and sampling never wait for the host.
+    Time limits are not `terminated`: they bootstrap. Sampled are the last buffer_size rows. Kept
+    are 2 checkpoint_frequency more: the rows that belong to the two kept checkpoints are not
+    overwritten before the next one, so that a process killed at any moment goes on with exactly its
+    rows. The counter is on the device as well: adding and sampling never wait for the host.
     """
 
     def __init__(self, args, obs_dim, act_dim, device, file, num_added):
@@ -360,8 +360,8 @@ class ReplayBuffer:
         self.padded_widths = [4 * math.ceil(width / 4) for width in self.widths]
         self.row_width = sum(self.padded_widths)
         num_rows = min(args.buffer_size + 2 * args.checkpoint_frequency, args.total_timesteps)
-        # a short run needs no more than total_timesteps. It never wraps around: if it is made longer, its
-        # rows keep their slots
+        # a short run needs no more than total_timesteps. It never wraps around: if it is made longer,
+        # its rows keep their slots
         num_steps = math.ceil(num_rows / args.num_envs) + 2  # checkpoints can be a step late
         num_rows = num_steps * args.num_envs
         if file is None:
@@ -369,8 +369,8 @@ class ReplayBuffer:
         else:
             self.on_host = map_file(file, (num_rows, self.row_width), num_added)
         self.rows = torch.from_numpy(self.on_host).to(device)  # on the CPU the same memory
-        # one step behind the host's, as every step begins with add(). The first time the inbox holds the last
-        # step once more or, in a new run, zeros: they go to the last slots, which are not sampled
+        # one step behind the host's, as every step begins with add(). The first time the inbox holds
+        # the last step once more or, in a new run, zeros, for the last slots, which are not sampled
         self.num_added = torch.tensor(num_added - args.num_envs, device=device)
         self.order = torch.arange(args.num_envs, device=device)
 
@@ -381,7 +381,7 @@ class ReplayBuffer:
             rows[:, start : start + width] = column.reshape(-1, width)
 
     def host_rows(self, num_added):
-        """The place, on the host or in the file, of the step's rows that come after the first num_added."""
+        """The place, on the host or in the file, of the rows after the first num_added."""
         start = num_added % len(self.on_host)
         return self.on_host[start : start + len(self.order)]
 
@@ -886,7 +886,7 @@ if __name__ == "__main__":
                 hours = np.median(np.diff(times)) * (last_step - global_step) / args.num_envs / 3600
                 tqdm.write(f"the rest takes {hours:.1f} hours on this CPU; --preset laptop takes minutes")
 
-        # a checkpoint comes before an evaluation, which may take long; one in the first step shows a full disk
+        # before an evaluation, which may take long. One in the first step shows a full disk
         evaluation_due = is_due(global_step, args.eval_frequency, args)
         checkpoint_due = is_due(global_step, args.checkpoint_frequency, args) or global_step == steps[0]
         saving = checkpoint_due or evaluation_due or len(received_signals) > 0

@@ -255,7 +255,8 @@ def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q
         if reference == "uniform":
             center = a_t / mu
             std = sigma / mu
-        else:  # as mu^2 + sigma^2 = 1, N(a_0; 0, I) N(a_t; mu a_0, sigma^2) = N(a_t; 0, I) N(a_0; mu a_t, sigma^2)
+        else:
+            # N(a_0; 0, I) N(a_t; mu a_0, sigma^2) = N(a_t; 0, I) N(a_0; mu a_t, sigma^2) if mu^2 + sigma^2 = 1
             center = mu * a_t
             std = sigma
         a_0 = center.unsqueeze(1) + std.unsqueeze(1) * eps  # (B, K, A)
@@ -263,7 +264,7 @@ def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q
         logits = alpha * q / q_scale(q, q_norm)
         return torch.logsumexp(logits, dim=1).sum(), logits
 
-    # func.grad differentiates within no_grad too; what no_grad saves is the graph to the critic's weights
+    # func.grad differentiates within no_grad too, which saves the graph to the critic's weights
     with torch.no_grad():
         score, logits = torch.func.grad(log_sum_exp, has_aux=True)(a_t)
     if reference == "prior":
@@ -298,8 +299,8 @@ def truncated_normal(eps, mean, std, half_width=1.0):
 
     low = ((-half_width - mean) / std).unsqueeze(1)  # (B, 1, A)
     high = ((half_width - mean) / std).unsqueeze(1)
-    # by the inverse CDF. Floats resolve probabilities near 0, not near 1: a box in the upper tail is
-    # mirrored to the lower one, sign = -1, and its samples back
+    # by the inverse CDF. Floats resolve probabilities near 0, not near 1: a box in the upper tail
+    # is mirrored to the lower one, sign = -1, and its samples back
     sign = torch.where(low > 0, -1.0, 1.0)
     lower = torch.minimum(sign * low, sign * high)
     upper = torch.maximum(sign * low, sign * high)
@@ -314,9 +315,10 @@ def truncated_normal(eps, mean, std, half_width=1.0):
 def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_width=1.0, local_variance=0.1):
     """As estimate_score, for p_0 ~ exp(alpha Q) inside the box and 0 outside (beyond the paper).
 
-    By Tweedie's formula the score is (mu m - a_t) / sigma^2, where m is the mean of a_0 given a_t. As m is
-    inside the box, v is bounded at any alpha. m blends two estimates: the weighted mean of the samples, which
-    sees distant modes, and, close to t = 0, where its error is divided by sigma^2, their plain mean moved up Q.
+    By Tweedie's formula the score is (mu m - a_t) / sigma^2, where m is the mean of a_0 given a_t. As
+    m is inside the box, v is bounded at any alpha. m blends two estimates: the weighted mean of the
+    samples, which sees distant modes, and, close to t = 0, where an error is divided by sigma^2,
+    their plain mean moved up Q.
     """
     a_0 = truncated_normal(eps, a_t / mu, sigma / mu, half_width)  # (B, K, A)
 

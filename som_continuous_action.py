@@ -257,7 +257,8 @@ def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q
         if reference == "uniform":
             center = a_t / mu
             std = sigma / mu
-        else:  # as mu^2 + sigma^2 = 1, N(a_0; 0, I) N(a_t; mu a_0, sigma^2) = N(a_t; 0, I) N(a_0; mu a_t, sigma^2)
+        else:
+            # N(a_0; 0, I) N(a_t; mu a_0, sigma^2) = N(a_t; 0, I) N(a_0; mu a_t, sigma^2) if mu^2 + sigma^2 = 1
             center = mu * a_t
             std = sigma
         a_0 = center.unsqueeze(1) + std.unsqueeze(1) * eps  # (B, K, A)
@@ -265,7 +266,7 @@ def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q
         logits = alpha * q / q_scale(q, q_norm)
         return torch.logsumexp(logits, dim=1).sum(), logits
 
-    # func.grad differentiates within no_grad too; what no_grad saves is the graph to the critic's weights
+    # func.grad differentiates within no_grad too, which saves the graph to the critic's weights
     with torch.no_grad():
         score, logits = torch.func.grad(log_sum_exp, has_aux=True)(a_t)
     if reference == "prior":
@@ -281,8 +282,8 @@ def truncated_normal(eps, mean, std, half_width=1.0):
 
     low = ((-half_width - mean) / std).unsqueeze(1)  # (B, 1, A)
     high = ((half_width - mean) / std).unsqueeze(1)
-    # by the inverse CDF. Floats resolve probabilities near 0, not near 1: a box in the upper tail is
-    # mirrored to the lower one, sign = -1, and its samples back
+    # by the inverse CDF. Floats resolve probabilities near 0, not near 1: a box in the upper tail
+    # is mirrored to the lower one, sign = -1, and its samples back
     sign = torch.where(low > 0, -1.0, 1.0)
     lower = torch.minimum(sign * low, sign * high)
     upper = torch.maximum(sign * low, sign * high)
@@ -297,9 +298,10 @@ def truncated_normal(eps, mean, std, half_width=1.0):
 def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_width=1.0, local_variance=0.1):
     """As estimate_score, for p_0 ~ exp(alpha Q) inside the box and 0 outside (beyond the paper).
 
-    By Tweedie's formula the score is (mu m - a_t) / sigma^2, where m is the mean of a_0 given a_t. As m is
-    inside the box, v is bounded at any alpha. m blends two estimates: the weighted mean of the samples, which
-    sees distant modes, and, close to t = 0, where its error is divided by sigma^2, their plain mean moved up Q.
+    By Tweedie's formula the score is (mu m - a_t) / sigma^2, where m is the mean of a_0 given a_t. As
+    m is inside the box, v is bounded at any alpha. m blends two estimates: the weighted mean of the
+    samples, which sees distant modes, and, close to t = 0, where an error is divided by sigma^2,
+    their plain mean moved up Q.
     """
     a_0 = truncated_normal(eps, a_t / mu, sigma / mu, half_width)  # (B, K, A)
 
@@ -325,8 +327,8 @@ def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_
 def climb(log_density, a, rate, num_steps, half_width=1.0):
     """Actions (B, K, A) moved up log_density, (B, K, A) -> (B, K), inside the box (beyond the paper).
 
-    A step is rate (B, 1) times the gradient, but no longer than a limit, RMS over the coordinates, which
-    falls linearly from half_width / 2 to 0.
+    A step is rate (B, 1) times the gradient, but no longer than a limit, RMS over the coordinates,
+    which falls linearly from half_width / 2 to 0.
     """
 
     def total(a):
@@ -348,8 +350,8 @@ def climb(log_density, a, rate, num_steps, half_width=1.0):
 def estimate_peak_score(q_fn, obs, a_t, mu, sigma, eps, alpha, num_steps, q_norm=None, half_width=1.0):
     """As estimate_box_score, for an alpha so large that few of K samples count (beyond the paper).
 
-    The posterior of a_0 given a_t, exp(alpha Q(a_0)) N(a_t; mu a_0, sigma^2), is narrow then around its
-    peaks. Each sample climbs one, and m is the mean of where they end, weighted by the heights there.
+    The posterior of a_0 given a_t, exp(alpha Q(a_0)) N(a_t; mu a_0, sigma^2), is narrow then around
+    its peaks. Each sample climbs one. m is the mean of where they end, with their heights as weights.
     """
     variance = sigma.clamp(min=1e-3) ** 2
     a_0 = truncated_normal(eps, a_t / mu, sigma / mu, half_width)  # (B, K, A)
@@ -450,8 +452,8 @@ def distributional_critic_loss(q_dist, target_q_dist, batch, next_actions, z, me
     std = std.squeeze(-1)
     batch_std = std.detach().mean(dim=1, keepdim=True)
     mean_std = torch.where(mean_std.isnan(), batch_std, mean_std.lerp(batch_std, args.tau))
-    # the loss's value has no meaning. Its gradients are -mean_pull and -std_pull, those of a Gaussian's
-    # negative log-likelihood, of y for the mean and of y_sample for the std, times mean_std^2 + eps
+    # the loss's value has no meaning. Its gradients are those of a Gaussian's negative
+    # log-likelihood, of y for the mean and of y_sample for the std, times mean_std^2 + eps
     spread = (y_sample - mean).clamp(-3 * mean_std, 3 * mean_std).square()
     mean_pull = (y - mean) / (std.square() + eps)
     std_pull = (spread - std.square()) / (std.pow(3) + eps)
@@ -602,7 +604,7 @@ class Agent(nn.Module):
         return info
 
     def update_lambda(self):
-        """Move the entropy of the noise N(0, (noise_scale lambda)^2) to target_entropy: no data, a schedule."""
+        """Move the noise N(0, (noise_scale lambda)^2) to target_entropy: without data, a schedule."""
         std = self.args.noise_scale * self.log_lambda.detach().exp()
         entropy = 0.5 * math.log(2 * math.pi * math.e) + std.log()
         self.descend("lambda", self.log_lambda * (entropy - self.args.target_entropy))
@@ -621,10 +623,10 @@ def soft_update(target, source, tau):
 class ReplayBuffer:
     """Transitions, a row each, on the training device and, for --resume, in a file.
 
-    Time limits are not `terminated`: they bootstrap. Sampled are the last buffer_size rows. Kept are
-    2 checkpoint_frequency more: the rows that belong to the two kept checkpoints are not overwritten before
-    the next one, so that a process killed at any moment goes on with exactly its rows. The counter is on the
-    device as well: adding and sampling never wait for the host.
+    Time limits are not `terminated`: they bootstrap. Sampled are the last buffer_size rows. Kept
+    are 2 checkpoint_frequency more: the rows that belong to the two kept checkpoints are not
+    overwritten before the next one, so that a process killed at any moment goes on with exactly its
+    rows. The counter is on the device as well: adding and sampling never wait for the host.
     """
 
     def __init__(self, args, obs_dim, act_dim, device, file, num_added):
@@ -634,8 +636,8 @@ class ReplayBuffer:
         self.padded_widths = [4 * math.ceil(width / 4) for width in self.widths]
         self.row_width = sum(self.padded_widths)
         num_rows = min(args.buffer_size + 2 * args.checkpoint_frequency, args.total_timesteps)
-        # a short run needs no more than total_timesteps. It never wraps around: if it is made longer, its
-        # rows keep their slots
+        # a short run needs no more than total_timesteps. It never wraps around: if it is made longer,
+        # its rows keep their slots
         num_steps = math.ceil(num_rows / args.num_envs) + 2  # checkpoints can be a step late
         num_rows = num_steps * args.num_envs
         if file is None:
@@ -643,8 +645,8 @@ class ReplayBuffer:
         else:
             self.on_host = map_file(file, (num_rows, self.row_width), num_added)
         self.rows = torch.from_numpy(self.on_host).to(device)  # on the CPU the same memory
-        # one step behind the host's, as every step begins with add(). The first time the inbox holds the last
-        # step once more or, in a new run, zeros: they go to the last slots, which are not sampled
+        # one step behind the host's, as every step begins with add(). The first time the inbox holds
+        # the last step once more or, in a new run, zeros, for the last slots, which are not sampled
         self.num_added = torch.tensor(num_added - args.num_envs, device=device)
         self.order = torch.arange(args.num_envs, device=device)
 
@@ -655,7 +657,7 @@ class ReplayBuffer:
             rows[:, start : start + width] = column.reshape(-1, width)
 
     def host_rows(self, num_added):
-        """The place, on the host or in the file, of the step's rows that come after the first num_added."""
+        """The place, on the host or in the file, of the rows after the first num_added."""
         start = num_added % len(self.on_host)
         return self.on_host[start : start + len(self.order)]
 
@@ -1170,7 +1172,7 @@ if __name__ == "__main__":
                 hours = np.median(np.diff(times)) * (last_step - global_step) / args.num_envs / 3600
                 tqdm.write(f"the rest takes {hours:.1f} hours on this CPU; --preset laptop takes minutes")
 
-        # a checkpoint comes before an evaluation, which may take long; one in the first step shows a full disk
+        # before an evaluation, which may take long. One in the first step shows a full disk
         evaluation_due = is_due(global_step, args.eval_frequency, args)
         checkpoint_due = is_due(global_step, args.checkpoint_frequency, args) or global_step == steps[0]
         saving = checkpoint_due or evaluation_due or len(received_signals) > 0

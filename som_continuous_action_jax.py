@@ -270,7 +270,8 @@ def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q
         if reference == "uniform":
             center = a_t / mu
             std = sigma / mu
-        else:  # as mu^2 + sigma^2 = 1, N(a_0; 0, I) N(a_t; mu a_0, sigma^2) = N(a_t; 0, I) N(a_0; mu a_t, sigma^2)
+        else:
+            # N(a_0; 0, I) N(a_t; mu a_0, sigma^2) = N(a_t; 0, I) N(a_0; mu a_t, sigma^2) if mu^2 + sigma^2 = 1
             center = mu * a_t
             std = sigma
         a_0 = center[:, None] + std[:, None] * eps  # (B, K, A)
@@ -289,8 +290,8 @@ def truncated_normal(eps, mean, std, half_width=1.0):
     ndtr = jax.scipy.special.ndtr
     low = ((-half_width - mean) / std)[:, None]  # (B, 1, A)
     high = ((half_width - mean) / std)[:, None]
-    # by the inverse CDF. Floats resolve probabilities near 0, not near 1: a box in the upper tail is
-    # mirrored to the lower one, sign = -1, and its samples back
+    # by the inverse CDF. Floats resolve probabilities near 0, not near 1: a box in the upper tail
+    # is mirrored to the lower one, sign = -1, and its samples back
     sign = jnp.where(low > 0, -1.0, 1.0)
     lower = jnp.minimum(sign * low, sign * high)
     upper = jnp.maximum(sign * low, sign * high)
@@ -305,9 +306,10 @@ def truncated_normal(eps, mean, std, half_width=1.0):
 def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_width=1.0, local_variance=0.1):
     """As estimate_score, for p_0 ~ exp(alpha Q) inside the box and 0 outside (beyond the paper).
 
-    By Tweedie's formula the score is (mu m - a_t) / sigma^2, where m is the mean of a_0 given a_t. As m is
-    inside the box, v is bounded at any alpha. m blends two estimates: the weighted mean of the samples, which
-    sees distant modes, and, close to t = 0, where its error is divided by sigma^2, their plain mean moved up Q.
+    By Tweedie's formula the score is (mu m - a_t) / sigma^2, where m is the mean of a_0 given a_t. As
+    m is inside the box, v is bounded at any alpha. m blends two estimates: the weighted mean of the
+    samples, which sees distant modes, and, close to t = 0, where an error is divided by sigma^2,
+    their plain mean moved up Q.
     """
     a_0 = truncated_normal(eps, a_t / mu, sigma / mu, half_width)  # (B, K, A)
 
@@ -333,8 +335,8 @@ def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_
 def climb(log_density, a, rate, num_steps, half_width=1.0):
     """Actions (B, K, A) moved up log_density, (B, K, A) -> (B, K), inside the box (beyond the paper).
 
-    A step is rate (B, 1) times the gradient, but no longer than a limit, RMS over the coordinates, which
-    falls linearly from half_width / 2 to 0.
+    A step is rate (B, 1) times the gradient, but no longer than a limit, RMS over the coordinates,
+    which falls linearly from half_width / 2 to 0.
     """
 
     def total(a):
@@ -356,8 +358,8 @@ def climb(log_density, a, rate, num_steps, half_width=1.0):
 def estimate_peak_score(q_fn, obs, a_t, mu, sigma, eps, alpha, num_steps, q_norm=None, half_width=1.0):
     """As estimate_box_score, for an alpha so large that few of K samples count (beyond the paper).
 
-    The posterior of a_0 given a_t, exp(alpha Q(a_0)) N(a_t; mu a_0, sigma^2), is narrow then around its
-    peaks. Each sample climbs one, and m is the mean of where they end, weighted by the heights there.
+    The posterior of a_0 given a_t, exp(alpha Q(a_0)) N(a_t; mu a_0, sigma^2), is narrow then around
+    its peaks. Each sample climbs one. m is the mean of where they end, with their heights as weights.
     """
     variance = jnp.maximum(sigma, 1e-3) ** 2
     a_0 = truncated_normal(eps, a_t / mu, sigma / mu, half_width)  # (B, K, A)
@@ -464,8 +466,8 @@ def distributional_critic_loss(q_dist, target_q_dist, batch, next_actions, z, me
     batch_std = stop_gradient(std.mean(axis=1, keepdims=True))
     moved = mean_std + args.tau * (batch_std - mean_std)
     mean_std = jnp.where(jnp.isnan(mean_std), batch_std, moved)
-    # the loss's value has no meaning. Its gradients are -mean_pull and -std_pull, those of a Gaussian's
-    # negative log-likelihood, of y for the mean and of y_sample for the std, times mean_std^2 + eps
+    # the loss's value has no meaning. Its gradients are those of a Gaussian's negative
+    # log-likelihood, of y for the mean and of y_sample for the std, times mean_std^2 + eps
     spread = jnp.square(jnp.clip(y_sample - mean, -3 * mean_std, 3 * mean_std))
     mean_pull = (y - mean) / (std**2 + eps)
     std_pull = (spread - std**2) / (std**3 + eps)
@@ -637,7 +639,7 @@ def update_actor(state, batch, key, args):
 
 
 def update_lambda(state, args):
-    """Move the entropy of the noise N(0, (noise_scale lambda)^2) to target_entropy: no data, a schedule."""
+    """Move the noise N(0, (noise_scale lambda)^2) to target_entropy: without data, a schedule."""
     std = args.noise_scale * jnp.exp(state.log_lambda)
     entropy = 0.5 * math.log(2 * math.pi * math.e) + jnp.log(std)
 
@@ -660,10 +662,11 @@ def descend(state, name, loss_fn, args):
 class ReplayBuffer:
     """Transitions, a row each, on the host and, for --resume, in a file; to_device() begins a ring.
 
-    Time limits are not `terminated`: they bootstrap. Sampled are the last buffer_size rows. Kept are
-    2 checkpoint_frequency more: the rows that belong to the two kept checkpoints are not overwritten before
-    the next one, so that a process killed at any moment goes on with exactly its rows. The rows of a step are
-    those of the first seed's environments, then of the second's, and so on.
+    Time limits are not `terminated`: they bootstrap. Sampled are the last buffer_size rows. Kept
+    are 2 checkpoint_frequency more: the rows that belong to the two kept checkpoints are not
+    overwritten before the next one, so that a process killed at any moment goes on with exactly its
+    rows. The rows of a step are those of the first seed's environments, then of the second's, and
+    so on.
     """
 
     def __init__(self, args, obs_dim, act_dim, file, num_added):
@@ -687,7 +690,7 @@ class ReplayBuffer:
             rows[:, start : start + width] = column.reshape(-1, width)
 
     def host_rows(self, num_added):
-        """The place, on the host or in the file, of the step's rows that come after the first num_added."""
+        """The place, on the host or in the file, of the rows after the first num_added."""
         start = num_added * self.num_seeds % len(self.on_host)
         return self.on_host[start : start + self.num_seeds * self.num_envs]
 
@@ -1292,7 +1295,7 @@ if __name__ == "__main__":
                 hours = np.median(np.diff(times)) * (last_step - global_step) / args.num_envs / 3600
                 tqdm.write(f"the rest takes {hours:.1f} hours on this CPU; --preset laptop takes minutes")
 
-        # a checkpoint comes before an evaluation, which may take long; one in the first step shows a full disk
+        # before an evaluation, which may take long. One in the first step shows a full disk
         evaluation_due = is_due(global_step, args.eval_frequency, args)
         checkpoint_due = is_due(global_step, args.checkpoint_frequency, args) or global_step == steps[0]
         saving = checkpoint_due or evaluation_due or len(received_signals) > 0

@@ -351,7 +351,7 @@ def q_gradient(q_fn, obs, a):
     def total(a):
         return q_fn(obs, a.unsqueeze(1)).sum()
 
-    # func.grad differentiates within no_grad too; what no_grad saves is the graph to the critic's weights
+    # func.grad differentiates within no_grad too, which saves the graph to the critic's weights
     return torch.func.grad(total)(a)
 
 
@@ -623,7 +623,7 @@ class Agent(nn.Module):
         return info | loss_info
 
     def update_lambda(self):
-        """Move the entropy of the noise N(0, (noise_scale lambda)^2) to target_entropy: no data, a schedule."""
+        """Move the noise N(0, (noise_scale lambda)^2) to target_entropy: without data, a schedule."""
         std = self.args.noise_scale * self.log_lambda.detach().exp()
         entropy = 0.5 * math.log(2 * math.pi * math.e) + std.log()
         self.descend("lambda", self.log_lambda * (entropy - self.args.target_entropy))
@@ -642,10 +642,10 @@ def soft_update(target, source, tau):
 class ReplayBuffer:
     """Transitions, a row each, on the training device and, for --resume, in a file.
 
-    Time limits are not `terminated`: they bootstrap. Sampled are the last buffer_size rows. Kept are
-    2 checkpoint_frequency more: the rows that belong to the two kept checkpoints are not overwritten before
-    the next one, so that a process killed at any moment goes on with exactly its rows. The counter is on the
-    device as well: adding and sampling never wait for the host.
+    Time limits are not `terminated`: they bootstrap. Sampled are the last buffer_size rows. Kept
+    are 2 checkpoint_frequency more: the rows that belong to the two kept checkpoints are not
+    overwritten before the next one, so that a process killed at any moment goes on with exactly its
+    rows. The counter is on the device as well: adding and sampling never wait for the host.
 
     best_actions are DIPO's second buffer: the actions of the rows, moved. They go into checkpoints.
     """
@@ -657,8 +657,8 @@ class ReplayBuffer:
         self.padded_widths = [4 * math.ceil(width / 4) for width in self.widths]
         self.row_width = sum(self.padded_widths)
         num_rows = min(args.buffer_size + 2 * args.checkpoint_frequency, args.total_timesteps)
-        # a short run needs no more than total_timesteps. It never wraps around: if it is made longer, its
-        # rows keep their slots
+        # a short run needs no more than total_timesteps. It never wraps around: if it is made longer,
+        # its rows keep their slots
         num_steps = math.ceil(num_rows / args.num_envs) + 2  # checkpoints can be a step late
         num_rows = num_steps * args.num_envs
         if file is None:
@@ -668,8 +668,8 @@ class ReplayBuffer:
         self.rows = torch.from_numpy(self.on_host).to(device)  # on the CPU the same memory
         width = act_dim if args.method == "dipo" else 0  # of no use to the other methods
         self.best_actions = torch.zeros(num_rows, width, device=device)
-        # one step behind the host's, as every step begins with add(). The first time the inbox holds the last
-        # step once more or, in a new run, zeros: they go to the last slots, which are not sampled
+        # one step behind the host's, as every step begins with add(). The first time the inbox holds
+        # the last step once more or, in a new run, zeros, for the last slots, which are not sampled
         self.num_added = torch.tensor(num_added - args.num_envs, device=device)
         self.order = torch.arange(args.num_envs, device=device)
 
@@ -680,7 +680,7 @@ class ReplayBuffer:
             rows[:, start : start + width] = column.reshape(-1, width)
 
     def host_rows(self, num_added):
-        """The place, on the host or in the file, of the step's rows that come after the first num_added."""
+        """The place, on the host or in the file, of the rows after the first num_added."""
         start = num_added % len(self.on_host)
         return self.on_host[start : start + len(self.order)]
 
@@ -1219,7 +1219,7 @@ if __name__ == "__main__":
                 hours = np.median(np.diff(times)) * (last_step - global_step) / args.num_envs / 3600
                 tqdm.write(f"the rest takes {hours:.1f} hours on this CPU; --preset laptop takes minutes")
 
-        # a checkpoint comes before an evaluation, which may take long; one in the first step shows a full disk
+        # before an evaluation, which may take long. One in the first step shows a full disk
         evaluation_due = is_due(global_step, args.eval_frequency, args)
         checkpoint_due = is_due(global_step, args.checkpoint_frequency, args) or global_step == steps[0]
         saving = checkpoint_due or evaluation_due or len(received_signals) > 0

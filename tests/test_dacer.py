@@ -376,6 +376,8 @@ def test_the_main_block_is_that_of_som_but_for_names_and_lambda():
         "agent.acting_actor.": "agent.actor.",
         ", best_of_n=args.best_of_n, policy_q=args.policy_q": "",
         "agent.update_lambda()": "info |= agent.update_lambda(rb.sample(args.batch_size).obs)",
+        "args.preset is not None:\n        preset = PRESETS[args.preset]": 'args.preset == "laptop":',
+        "preset=args.preset, **preset": 'preset="laptop", **LAPTOP',
     }
     for words, other in changes.items():
         assert theirs.count(words) == 1

@@ -584,7 +584,7 @@ def test_the_example_of_an_environment_of_ones_own_trains(tmp_path):
     assert finished.wait(120) == 0, (tmp_path / "errors").read_text()
     assert error_lines(tmp_path) == []
     (folder,) = (tmp_path / "runs").iterdir()
-    assert folder.name.startswith(f"{module}:{env_id}__")
+    assert folder.name.startswith(f"{module}_{env_id}__")  # not every disk takes a colon
     ((step, _),) = evaluations(folder)
     assert step == 60
     agent = torch.load(checkpoints(folder)[-1], weights_only=True)["agent"]

@@ -525,6 +525,8 @@ def test_agents_have_the_same_methods():
 def test_the_main_blocks_are_equal_but_for_names_and_lambda():
     mine, theirs = both(lambda text: text[text.index('if __name__ == "__main__":') :])
     changes = {'project="som"': 'project="mfp"', "agent.acting_actor.": "agent.actor.", ", policy_q=args.policy_q": ""}
+    changes |= {"args.preset is not None:\n        preset = PRESETS[args.preset]": 'args.preset == "laptop":'}
+    changes |= {"preset=args.preset, **preset": 'preset="laptop", **LAPTOP'}
     for words, other in changes.items():
         assert theirs.count(words) == 1
         theirs = theirs.replace(words, other)
