@@ -235,7 +235,7 @@ def cosine_schedule(t):
 
 
 def q_scale(q, q_norm):
-    """What divides Q (B, K), one number: its std over B and K ("batch"), or the mean of its stds over K ("state")."""
+    """One number that divides Q (B, K): its std over all ("batch"), or in each state, averaged."""
     if q_norm == "batch":
         return q.std().detach() + 1e-6
     if q_norm == "state":
@@ -256,7 +256,8 @@ def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q
             center = a_t / mu
             std = sigma / mu
         else:
-            # N(a_0; 0, I) N(a_t; mu a_0, sigma^2) = N(a_t; 0, I) N(a_0; mu a_t, sigma^2) if mu^2 + sigma^2 = 1
+            # N(a_0; 0, I) N(a_t; mu a_0, sigma^2) = N(a_t; 0, I) N(a_0; mu a_t, sigma^2), as
+            # mu^2 + sigma^2 = 1: p_t(a_t) ~ N(a_t; 0, I) E exp(alpha Q(a_0)), a_0 ~ N(mu a_t, sigma^2)
             center = mu * a_t
             std = sigma
         a_0 = center.unsqueeze(1) + std.unsqueeze(1) * eps  # (B, K, A)
@@ -264,7 +265,7 @@ def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q
         logits = alpha * q / q_scale(q, q_norm)
         return torch.logsumexp(logits, dim=1).sum(), logits
 
-    # func.grad differentiates within no_grad too, which saves the graph to the critic's weights
+    # no_grad: no graph to the critic's weights is built. func.grad differentiates all the same
     with torch.no_grad():
         score, logits = torch.func.grad(log_sum_exp, has_aux=True)(a_t)
     if reference == "prior":
@@ -305,6 +306,7 @@ def truncated_normal(eps, mean, std, half_width=1.0):
     lower = torch.minimum(sign * low, sign * high)
     upper = torch.maximum(sign * low, sign * high)
     mass = cdf_of(upper) - cdf_of(lower)
+    # cdf_of(sign * eps) is uniform; with the sign a_0 rises with eps
     cdf = cdf_of(lower) + cdf_of(sign * eps) * mass  # (B, K, A)
     z = torch.special.ndtri(cdf.clamp(1e-37, 1 - 1e-7))
     z = sign * z
@@ -315,10 +317,10 @@ def truncated_normal(eps, mean, std, half_width=1.0):
 def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_width=1.0, local_variance=0.1):
     """As estimate_score, for p_0 ~ exp(alpha Q) inside the box and 0 outside (beyond the paper).
 
-    By Tweedie's formula the score is (mu m - a_t) / sigma^2, where m is the mean of a_0 given a_t. As
-    m is inside the box, v is bounded at any alpha. m blends two estimates: the weighted mean of the
-    samples, which sees distant modes, and, close to t = 0, where an error is divided by sigma^2,
-    their plain mean moved up Q.
+    By Tweedie's formula the score is (mu m - a_t) / sigma^2, where m is the mean of a_0 given a_t.
+    With cosine_schedule v = -pi/2 (m - mu a_t) / sigma: m is in the box, so alpha does not blow it up.
+    m blends two estimates: the weighted mean of the samples, which sees distant modes, and, close to
+    t = 0, where an error is divided by sigma, their plain mean moved up Q.
     """
     a_0 = truncated_normal(eps, a_t / mu, sigma / mu, half_width)  # (B, K, A)
 

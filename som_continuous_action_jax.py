@@ -99,15 +99,16 @@ class Args:
     num_layers: int = 3  # hidden layers of policy and critics
     num_frequencies: int = 8  # sines and cosines of the times, from 1 to 3 rad
     critic_loss: Literal["distributional", "mse"] = "mse"  # differs from the paper: DACER's, distributional
-    reference: Literal["uniform", "prior", "box"] = "uniform"  # factor of p_0: 1, N(0, I), or 1 in the box
+    # p_0 ~ reference(a) exp(alpha Q): reference = 1, N(0, I), or 1 inside the box and 0 outside
+    reference: Literal["uniform", "prior", "box"] = "uniform"  # factor of p_0 beside exp(alpha Q)
     sde: Literal["vp", "ve"] = "vp"  # variance preserving (Eq 1), or exploding (Appendix B)
     num_mc_samples: int = 100  # Monte-Carlo samples of the score (K)
     mc_noise: Literal["normal", "lattice"] = "normal"  # independent, or one Sobol set, shifted
-    climb_steps: int = 0  # with --reference box: steps up, of each sample to a peak near it; 0: none
+    climb_steps: int = 0  # with --reference box: gradient-ascent steps of each sample; 0: none
     score_dtype: Literal["float32", "bfloat16"] = "float32"  # of hidden layers in the score
     best_of_n: int = 32  # candidate actions in acting and bootstrapping (N)
     policy_q: Literal["mean", "min"] = "mean"  # of the twins, in the score and best-of-N
-    q_norm: Literal["batch", "state"] = "state"  # over which Q's std is taken  # differs from the paper: batch
+    q_norm: Literal["batch", "state"] = "state"  # of Q's std, averaged  # differs from the paper: batch
     inverse_temperature: float = 5.0  # of the target: alpha = inverse_temperature / lambda
     score_scale: float = 25.0  # norm of the rescaled score of Eq 8 (w)
     beta_min: float = 0.1  # beta(0) of the VP schedule
@@ -250,7 +251,7 @@ def ve_schedule(t, sigma_min=0.01, sigma_max=1.0):
 
 
 def q_scale(q, q_norm):
-    """What divides Q (B, K), one number: its std over B and K ("batch"), or the mean of its stds over K ("state")."""
+    """One number that divides Q (B, K): its std over all ("batch"), or in each state, averaged."""
     if q_norm == "batch":
         return stop_gradient(q.std(ddof=1)) + 1e-6
     if q_norm == "state":
@@ -271,7 +272,8 @@ def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q
             center = a_t / mu
             std = sigma / mu
         else:
-            # N(a_0; 0, I) N(a_t; mu a_0, sigma^2) = N(a_t; 0, I) N(a_0; mu a_t, sigma^2) if mu^2 + sigma^2 = 1
+            # N(a_0; 0, I) N(a_t; mu a_0, sigma^2) = N(a_t; 0, I) N(a_0; mu a_t, sigma^2), as
+            # mu^2 + sigma^2 = 1: p_t(a_t) ~ N(a_t; 0, I) E exp(alpha Q(a_0)), a_0 ~ N(mu a_t, sigma^2)
             center = mu * a_t
             std = sigma
         a_0 = center[:, None] + std[:, None] * eps  # (B, K, A)
@@ -296,6 +298,7 @@ def truncated_normal(eps, mean, std, half_width=1.0):
     lower = jnp.minimum(sign * low, sign * high)
     upper = jnp.maximum(sign * low, sign * high)
     mass = ndtr(upper) - ndtr(lower)
+    # ndtr(sign * eps) is uniform; with the sign a_0 rises with eps
     cdf = ndtr(lower) + ndtr(sign * eps) * mass  # (B, K, A)
     z = jax.scipy.special.ndtri(jnp.clip(cdf, 1e-37, 1 - 1e-7))
     z = sign * z
@@ -306,10 +309,10 @@ def truncated_normal(eps, mean, std, half_width=1.0):
 def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_width=1.0, local_variance=0.1):
     """As estimate_score, for p_0 ~ exp(alpha Q) inside the box and 0 outside (beyond the paper).
 
-    By Tweedie's formula the score is (mu m - a_t) / sigma^2, where m is the mean of a_0 given a_t. As
-    m is inside the box, v is bounded at any alpha. m blends two estimates: the weighted mean of the
-    samples, which sees distant modes, and, close to t = 0, where an error is divided by sigma^2,
-    their plain mean moved up Q.
+    By Tweedie's formula the score is (mu m - a_t) / sigma^2, where m is the mean of a_0 given a_t.
+    With cosine_schedule v = -pi/2 (m - mu a_t) / sigma: m is in the box, so alpha does not blow it up.
+    m blends two estimates: the weighted mean of the samples, which sees distant modes, and, close to
+    t = 0, where an error is divided by sigma, their plain mean moved up Q.
     """
     a_0 = truncated_normal(eps, a_t / mu, sigma / mu, half_width)  # (B, K, A)
 
@@ -336,7 +339,7 @@ def climb(log_density, a, rate, num_steps, half_width=1.0):
     """Actions (B, K, A) moved up log_density, (B, K, A) -> (B, K), inside the box (beyond the paper).
 
     A step is rate (B, 1) times the gradient, but no longer than a limit, RMS over the coordinates,
-    which falls linearly from half_width / 2 to 0.
+    which falls linearly from half_width / 2 to half_width / (2 num_steps).
     """
 
     def total(a):
@@ -447,7 +450,7 @@ def critic_loss(q_twins, target_q_twins, batch, next_actions, args):
 
 
 def distributional_critic_loss(q_dist, target_q_dist, batch, next_actions, z, mean_std, args, eps=0.1):
-    """Temporal differences of the twins' means and stds, as in DACER (Section 4.4); the next mean_std.
+    """Loss of the twins' means and stds as in DACER (Section 4.4); also the next mean_std, and info.
 
     q_dist, target_q_dist: (B, O), (B, 1, A) -> mean, std of the return, (2, B, 1). z: (B,) normal.
     mean_std: (2, 1) moving average of the predicted std, NaN before the first update. eps: DACER's.
@@ -503,7 +506,7 @@ def actor_loss(u_fn, q_fn, batch, uniform, eps, mc_eps, alpha, args):
         score, logits = estimate_box_score(*inputs, args.q_norm)
     else:
         score, logits = estimate_score(*inputs, args.reference, args.q_norm)
-    # Eq 8 is for "uniform" alone: the scores of the others have the size that goes with f a_t
+    # Eq 8 is for "uniform" alone: near t = 1 f a_t is large, and the others' own score cancels it
     score_scale = args.score_scale if args.reference == "uniform" else None
     v = pf_ode_velocity(a_t, score, f, g2, score_scale)
     flow = [x[:, None] for x in (a_t, r, t, v)]  # N = 1 action in each state
@@ -639,7 +642,10 @@ def update_actor(state, batch, key, args):
 
 
 def update_lambda(state, args):
-    """Move the noise N(0, (noise_scale lambda)^2) to target_entropy: without data, a schedule."""
+    """Move lambda to where the noise, of std noise_scale lambda, has target_entropy.
+
+    No data enter, so lambda follows a fixed schedule.
+    """
     std = args.noise_scale * jnp.exp(state.log_lambda)
     entropy = 0.5 * math.log(2 * math.pi * math.e) + jnp.log(std)
 
@@ -662,11 +668,10 @@ def descend(state, name, loss_fn, args):
 class ReplayBuffer:
     """Transitions, a row each, on the host and, for --resume, in a file; to_device() begins a ring.
 
-    Time limits are not `terminated`: they bootstrap. Sampled are the last buffer_size rows. Kept
-    are 2 checkpoint_frequency more: the rows that belong to the two kept checkpoints are not
-    overwritten before the next one, so that a process killed at any moment goes on with exactly its
-    rows. The rows of a step are those of the first seed's environments, then of the second's, and
-    so on.
+    Time limits are not `terminated`: they bootstrap. Only the last buffer_size rows are sampled. As
+    many as 2 checkpoint_frequency older ones stay, so that after a kill at any moment either of
+    the two kept checkpoints finds all of its rows. The rows of a step are those of the first seed's
+    environments, then of the second's, and so on.
     """
 
     def __init__(self, args, obs_dim, act_dim, file, num_added):
@@ -675,6 +680,8 @@ class ReplayBuffer:
         self.num_envs = args.num_envs
         self.widths = [obs_dim, obs_dim, act_dim, 1, 1]  # of the fields of Batch
         self.row_width = sum(self.widths)
+        # a run shorter than the buffer has total_timesteps rows. They never wrap around, and so
+        # keep their slots when --resume with more steps enlarges the buffer
         num_rows = min(args.buffer_size + 2 * args.checkpoint_frequency, args.total_timesteps)
         num_steps = math.ceil(num_rows / args.num_envs) + 2  # checkpoints can be a step late
         shape = (num_steps * args.num_envs * args.num_seeds, self.row_width)
@@ -1011,7 +1018,7 @@ def save_checkpoint(path, checkpoint):
     data = io.BytesIO()
     np.savez(data, entries=json.dumps(entries), **checkpoint["agent"])
     write_file(path, data.getbuffer())
-    for old in sorted(path.parent.glob("checkpoint_*.npz"))[:-2]:
+    for old in sorted(path.parent.glob("checkpoint_[0-9]*.npz"))[:-2]:
         old.unlink()
 
 
@@ -1020,7 +1027,7 @@ def find_run(path):
     if not path.is_dir():
         return path.parent, 0
     config_file = path / "config.json"
-    if any(path.glob("checkpoint_*.npz")) or not config_file.exists():
+    if any(path.glob("checkpoint_[0-9]*.npz")) or not config_file.exists():
         return path, 0
     config = json.loads(config_file.read_text())
     if "first_folder" not in config:  # of another script
@@ -1033,7 +1040,7 @@ def load_checkpoint(path):
     paths = [path]
     if path.is_dir():
         path, _ = find_run(path)
-        paths = sorted(path.glob("checkpoint_*.npz"), reverse=True)
+        paths = sorted(path.glob("checkpoint_[0-9]*.npz"), reverse=True)
     errors = "" if paths else f"{path} has no checkpoint; "
     for path in paths:
         try:
@@ -1055,7 +1062,7 @@ def resumed_args(checkpoint):
     """The run's arguments, overridden by what the command line names; some cannot change."""
     args = tyro.cli(Args, default=Args(**checkpoint["args"]))
     fixed = "preset env_id seed num_seeds num_envs buffer_size checkpoint_frequency"
-    for name in f"{fixed} hidden_dim num_layers num_frequencies".split():
+    for name in f"{fixed} hidden_dim num_layers num_frequencies initial_lambda".split():
         before = checkpoint["args"][name]
         if getattr(args, name) != before:
             exit_with_error(f"--{name.replace('_', '-')} is {before} here, and cannot change")
@@ -1113,12 +1120,12 @@ if __name__ == "__main__":
     if source is not None:
         try:
             run_folder, _ = find_run(Path(source))
-            if args.resume is not None and any(run_folder.glob("checkpoint_*.npz")):
+            if args.resume is not None and any(run_folder.glob("checkpoint_[0-9]*.npz")):
                 lock = lock_run(run_folder)
             checkpoint = load_checkpoint(Path(source))
         except ValueError as error:
             exit_with_error(str(error))
-        if args.evaluate is not None:  # it asks for these itself
+        if args.evaluate is not None:  # these are asked for by its own command line, not by the run's
             checkpoint["args"] |= {"track": False, "capture_video": False}
         args = resumed_args(checkpoint)
         start_step = checkpoint["global_step"]
@@ -1192,7 +1199,7 @@ if __name__ == "__main__":
     for folder, seed, lines in zip(run_folders, seeds, evaluations, strict=True):
         write_file(folder / "config.json", json.dumps(config | {"seed": seed}, indent=2).encode())
         write_file(folder / "evaluations.csv", "\n".join([*lines, ""]).encode())
-    for path in run_folder.glob("checkpoint_*.npz"):
+    for path in run_folder.glob("checkpoint_[0-9]*.npz"):
         if int(path.stem.split("_")[1]) > start_step:  # of a branch that is left here
             path.unlink()
     writers = [SummaryWriter(folder, purge_step=start_step + 1) for folder in run_folders]
@@ -1295,7 +1302,8 @@ if __name__ == "__main__":
                 hours = np.median(np.diff(times)) * (last_step - global_step) / args.num_envs / 3600
                 tqdm.write(f"the rest takes {hours:.1f} hours on this CPU; --preset laptop takes minutes")
 
-        # before an evaluation, which may take long. One in the first step shows a full disk
+        # a checkpoint comes before an evaluation, which may take long. In the first step it shows
+        # whether the disk is full
         evaluation_due = is_due(global_step, args.eval_frequency, args)
         checkpoint_due = is_due(global_step, args.checkpoint_frequency, args) or global_step == steps[0]
         saving = checkpoint_due or evaluation_due or len(received_signals) > 0

@@ -351,7 +351,7 @@ def q_gradient(q_fn, obs, a):
     def total(a):
         return q_fn(obs, a.unsqueeze(1)).sum()
 
-    # func.grad differentiates within no_grad too, which saves the graph to the critic's weights
+    # no_grad: no graph to the critic's weights is built. func.grad differentiates all the same
     return torch.func.grad(total)(a)
 
 
@@ -623,7 +623,10 @@ class Agent(nn.Module):
         return info | loss_info
 
     def update_lambda(self):
-        """Move the noise N(0, (noise_scale lambda)^2) to target_entropy: without data, a schedule."""
+        """Move lambda to where the noise, of std noise_scale lambda, has target_entropy.
+
+        No data enter, so lambda follows a fixed schedule.
+        """
         std = self.args.noise_scale * self.log_lambda.detach().exp()
         entropy = 0.5 * math.log(2 * math.pi * math.e) + std.log()
         self.descend("lambda", self.log_lambda * (entropy - self.args.target_entropy))
@@ -642,10 +645,10 @@ def soft_update(target, source, tau):
 class ReplayBuffer:
     """Transitions, a row each, on the training device and, for --resume, in a file.
 
-    Time limits are not `terminated`: they bootstrap. Sampled are the last buffer_size rows. Kept
-    are 2 checkpoint_frequency more: the rows that belong to the two kept checkpoints are not
-    overwritten before the next one, so that a process killed at any moment goes on with exactly its
-    rows. The counter is on the device as well: adding and sampling never wait for the host.
+    Time limits are not `terminated`: they bootstrap. Only the last buffer_size rows are sampled. As
+    many as 2 checkpoint_frequency older ones stay, so that after a kill at any moment either of
+    the two kept checkpoints finds all of its rows. The counter is on the device as well: adding
+    and sampling never wait for the host.
 
     best_actions are DIPO's second buffer: the actions of the rows, moved. They go into checkpoints.
     """
@@ -656,9 +659,9 @@ class ReplayBuffer:
         # every column begins at a multiple of 16 bytes, so that compiled kernels read it in place
         self.padded_widths = [4 * math.ceil(width / 4) for width in self.widths]
         self.row_width = sum(self.padded_widths)
+        # a run shorter than the buffer has total_timesteps rows. They never wrap around, and so
+        # keep their slots when --resume with more steps enlarges the buffer
         num_rows = min(args.buffer_size + 2 * args.checkpoint_frequency, args.total_timesteps)
-        # a short run needs no more than total_timesteps. It never wraps around: if it is made longer,
-        # its rows keep their slots
         num_steps = math.ceil(num_rows / args.num_envs) + 2  # checkpoints can be a step late
         num_rows = num_steps * args.num_envs
         if file is None:
@@ -668,8 +671,9 @@ class ReplayBuffer:
         self.rows = torch.from_numpy(self.on_host).to(device)  # on the CPU the same memory
         width = act_dim if args.method == "dipo" else 0  # of no use to the other methods
         self.best_actions = torch.zeros(num_rows, width, device=device)
-        # one step behind the host's, as every step begins with add(). The first time the inbox holds
-        # the last step once more or, in a new run, zeros, for the last slots, which are not sampled
+        # what add() has stored. The rows of a step come with the next observations, so this begins
+        # one step back: the first add() repeats the last step or, in a new run, writes zeros into the
+        # last slots, which are not sampled
         self.num_added = torch.tensor(num_added - args.num_envs, device=device)
         self.order = torch.arange(args.num_envs, device=device)
 
@@ -956,7 +960,7 @@ def save_checkpoint(path, state):
     data = io.BytesIO()  # torch.save would tell of a full disk by a RuntimeError
     torch.save(state, data)
     write_file(path, data.getbuffer())
-    for old in sorted(path.parent.glob("checkpoint_*.pt"))[:-2]:
+    for old in sorted(path.parent.glob("checkpoint_[0-9]*.pt"))[:-2]:
         old.unlink()
 
 
@@ -965,7 +969,7 @@ def load_checkpoint(path):
 
     ValueError if it cannot be used, even if an older one can: the message names that one.
     """
-    paths = sorted(path.glob("checkpoint_*.pt"), reverse=True) if path.is_dir() else [path]
+    paths = sorted(path.glob("checkpoint_[0-9]*.pt"), reverse=True) if path.is_dir() else [path]
     errors = "" if paths else f"{path} has no checkpoint; "
     for path in paths:
         try:
@@ -989,7 +993,7 @@ def resumed_args(checkpoint):
     fixed = "method preset env_id seed num_envs buffer_size checkpoint_frequency"
     fixed = f"{fixed} hidden_dim num_layers num_frequencies num_diffusion_steps schedule".split()
     for name, before in checkpoint["args"].items():
-        is_fixed = name in fixed or name.endswith("_lr")
+        is_fixed = name in fixed or name.endswith("_lr") or name == "initial_lambda"
         if is_fixed and getattr(args, name) != before:
             exit_with_error(f"--{name.replace('_', '-')} is {before} here, and cannot change")
     return args
@@ -1037,14 +1041,14 @@ if __name__ == "__main__":
     source = args.resume or args.evaluate
     if source is not None:
         run_folder = Path(source) if Path(source).is_dir() else Path(source).parent
-        if args.resume is not None and (Path(source).is_file() or any(run_folder.glob("checkpoint_*.pt"))):
+        if args.resume is not None and (Path(source).is_file() or any(run_folder.glob("checkpoint_[0-9]*.pt"))):
             with writing(run_folder):
                 lock = lock_run(run_folder)  # for as long as this variable lives
         try:
             checkpoint = load_checkpoint(Path(source))
         except ValueError as error:
             exit_with_error(str(error))
-        if args.evaluate is not None:  # it asks for these itself
+        if args.evaluate is not None:  # these are asked for by its own command line, not by the run's
             checkpoint["args"] |= {"track": False, "capture_video": False}
         args = resumed_args(checkpoint)
         start_step = checkpoint["global_step"]
@@ -1113,7 +1117,7 @@ if __name__ == "__main__":
         wandb.init(project="diffusion", name=run_folder.name, config=config, sync_tensorboard=True)
     write_file(run_folder / "config.json", json.dumps(config, indent=2).encode())
     write_file(run_folder / "evaluations.csv", "\n".join([*evaluations, ""]).encode())
-    for path in run_folder.glob("checkpoint_*.pt"):
+    for path in run_folder.glob("checkpoint_[0-9]*.pt"):
         if int(path.stem.split("_")[1]) > start_step:  # of a branch that is left here
             path.unlink()
     writer = SummaryWriter(run_folder, purge_step=start_step + 1)  # drops what a killed run logged later
@@ -1219,7 +1223,8 @@ if __name__ == "__main__":
                 hours = np.median(np.diff(times)) * (last_step - global_step) / args.num_envs / 3600
                 tqdm.write(f"the rest takes {hours:.1f} hours on this CPU; --preset laptop takes minutes")
 
-        # before an evaluation, which may take long. One in the first step shows a full disk
+        # a checkpoint comes before an evaluation, which may take long. In the first step it shows
+        # whether the disk is full
         evaluation_due = is_due(global_step, args.eval_frequency, args)
         checkpoint_due = is_due(global_step, args.checkpoint_frequency, args) or global_step == steps[0]
         saving = checkpoint_due or evaluation_due or len(received_signals) > 0
