@@ -11,7 +11,14 @@ ROOT = pathlib.Path(__file__).parents[1]
 PAGE = "\n".join((ROOT / "docs" / name).read_text() for name in ("som.md", "results.md"))
 PAGE = re.sub(r"^<!-- [\w-]+\.csv -->.*?^<!-- end -->", "", PAGE, flags=re.DOTALL | re.MULTILINE)  # tables of results
 SCRIPTS = "som_continuous_action.py", "mfp_continuous_action.py"
-TOOLS = "benchmark/launch.py", "benchmark/collect.py", "benchmark/plot.py", "benchmark/sb3.py", "benchmark/step_time.py"
+TOOLS = (
+    "benchmark/launch.py",
+    "benchmark/collect.py",
+    "benchmark/plot.py",
+    "benchmark/film.py",
+    "benchmark/sb3.py",
+    "benchmark/step_time.py",
+)
 TOOLS += "benchmark/best_of_n.py", "benchmark/policy_analysis.py", "som_continuous_action_jax.py"
 TAG = r"(?:losses|score|velocity|actions|charts)/\w+"
 

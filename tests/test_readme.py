@@ -31,7 +31,8 @@ def returns_on_the_way(path):
     at_step = {}
     with path.open() as file:
         for row in csv.DictReader(file):
-            place = (row["setting"], row["env_id"], row["global_step"])
+            setting = row["setting"].replace("sac_980k", "sac_1m")  # SAC's first seed was ended earlier
+            place = (setting, row["env_id"], row["global_step"])
             at_step.setdefault(place, []).append(float(row["return_mean"]))
     returns = [x for seeds in at_step.values() for x in (*seeds, sum(seeds) / len(seeds))]
     return " ".join(f"{x:,.0f}" for x in returns)
