@@ -15,9 +15,9 @@ The policy turns noise into an action with ONE network evaluation. It imitates t
     mean flow L_MF = ||u(a_t, r, t, s) - stopgrad(v - (t - r) du/dt)||^2, by one Jacobian-vector product
     actor     L_MF + lambda L_IVC, with the constraint L_IVC = ||u(a_t, t, t, s) - v||^2
 
-Conventions: t = 1 is noise, t = 0 is the action, 0 <= r <= t <= 1, as in SOM. The paper's time runs
-the other way, and its printed r < t does not fit its own sampling: one step from the noise, there at
-time 0, needs the opposite order. It also says MVP for MFP. Inside the learner actions live in [-1, 1]^A.
+Conventions: t = 1 is noise, t = 0 is the action, 0 <= r <= t <= 1, as in SOM. The paper has noise at
+time 0 and prints r < t; its own sampling, one step from the noise, needs r > t in that notation. It
+also says MVP for MFP. Inside the learner actions live in [-1, 1]^A.
 Shapes: B states, N actions in each of them, A coordinates: (B, N, A). Twins come first: (2, B, N).
 """
 
@@ -202,7 +202,8 @@ def sample_r_t(uniform, zero_r_ratio=0.0):
 def mfp_loss(u_fn, a_t, r, t, v, tangent="marginal"):
     """L_MF and L_IVC (B, N) of u_fn(a_t, r, t), and du/dt (B, N, A) along the flow.
 
-    tangent: along u_fn's own velocity u(a_t, t, t) ("marginal"), or the path's v ("conditional").
+    tangent: along u_fn's own velocity u(a_t, t, t) ("marginal"), or the path's v ("conditional"): v is
+    of one path, u(a_t, t, t) learns its mean over the paths through a_t, along which du/dt is defined.
     """
     u_tt = u_fn(a_t, t, t)
     velocity = u_tt.detach() if tangent == "marginal" else v
@@ -324,7 +325,7 @@ class Agent(nn.Module):
         return info
 
     def update_actor(self, batch, best_actions):
-        """The policy, then all moving averages."""
+        """The policy, then the target critics."""
         B, A = batch.actions.shape
         uniform = torch.rand(B, 2, device=self.device)
         eps = torch.randn(B, A, device=self.device)

@@ -5,6 +5,8 @@
 """SOM and MFP (https://arxiv.org/abs/2605.23365 and 2602.13810) on two-dimensional bandits, in one file.
 
 Run it: python som_bandit_2d.py --task eight-gaussians
+SOM: the score of p_0 ~ exp(alpha Q), diffused, is estimated from Q; its probability-flow ODE is
+distilled into one step by MeanFlow. MFP: the same network imitates the best of its own N actions.
 Both are trained online, as in RL: actions come from the policy, the reward of each is queried once,
 and a critic is regressed on these rewards (--oracle-critic: the true reward in its place). The
 paper's Figures 5, 6 and 13 to 18 go to runs/<run name>/, with their numbers in results.json. The
@@ -59,7 +61,7 @@ class Args:
     task: Literal["eight-gaussians", "two-moons", "checkerboard"] = "eight-gaussians"  # the reward
     oracle_critic: bool = False  # the true reward in the critic's place, hence no error of the critic
     reward_noise: float = 0.0  # std of the noise on each reward (Appendix H.1), adds robustness.png
-    bump_scale: float = 0.0  # height of a bump in the reward at 0 (Appendix H.2, c), adds it too
+    bump_scale: float = 0.0  # height of a bump in the reward at 0 (Appendix H.2, c); robustness.png too
     bump_std: float = 0.5  # width of the bump (Appendix H.2, sigma)
     # Algorithm specific arguments
     total_updates: int = 2_000  # updates of each policy
@@ -71,15 +73,16 @@ class Args:
     q_updates: int = 4  # updates of the critic per policy update, each on a batch of its own
     hidden_dim: int = 128  # width of the policy's 3 hidden layers
     q_hidden_dim: int = 32  # width of the critic's 2 hidden layers
-    num_frequencies: int = 1  # sines and cosines of time: 1 rad alone; 8 fill 1 to 3 rad
+    num_frequencies: int = 1  # sines and cosines of the times, from 1 to 3 rad; one alone has 1 rad
     policy_tau: float = 0.005  # rate of the moving average of the policy that acts
     noise_scale: float = 0.1  # std of the exploration noise
     zero_r_ratio: float = 0.5  # share of r = 0 in a batch, as in acting
-    reference: Literal["uniform", "prior", "box"] = "prior"  # of p_0 ~ exp(alpha Q): 1 (the paper), N(0, I), the box
+    # p_0 ~ reference(a) exp(alpha Q): reference = 1, N(0, I), or 1 inside the box and 0 outside
+    reference: Literal["uniform", "prior", "box"] = "prior"  # differs from the paper: uniform there
     inverse_temperature: float = 10.0  # alpha
     num_mc_samples: int = 128  # Monte-Carlo samples of the score (K)
-    estimator: Literal["mixed", "gradient"] = "mixed"  # mix_score; # differs from the paper: gradient
-    score_scale: float = 10.0  # w of Eq 8, uniform only; # differs from the paper: 25
+    estimator: Literal["mixed", "gradient"] = "mixed"  # of the score  # differs from the paper: gradient
+    score_scale: float = 10.0  # w of Eq 8, uniform only  # differs from the paper: 25 there
     beta_max: float = 1.0  # beta(1) of the VP schedule, uniform only; beta(0) is 0.1
     best_of_n: int = 32  # MFP: candidate actions in acting and imitation (N)
 
@@ -283,6 +286,7 @@ def mix_score(score, logits, a_t, mu, sigma, eps, reference, local_var):
     """
     weights = logits.softmax(dim=1).unsqueeze(-1)  # (B, K, 1)
     eps_mean = (weights * eps).sum(dim=1)  # (B, 2)
+    # the second estimate has the share sigma^2 / total_var, multiplied in below
     if reference == "uniform":
         total_var = sigma.square() + mu.square() * local_var  # (B, 1)
         second = sigma / total_var * eps_mean
@@ -379,7 +383,8 @@ def meanflow_loss(u_fn, a_t, r, t, v):
 def mfp_loss(u_fn, a_t, r, t, v, tangent="marginal"):
     """L_MF and L_IVC (B, N) of u_fn(a_t, r, t), and du/dt (B, N, A) along the flow.
 
-    tangent: along u_fn's own velocity u(a_t, t, t) ("marginal"), or the path's v ("conditional").
+    tangent: along u_fn's own velocity u(a_t, t, t) ("marginal"), or the path's v ("conditional"): v is
+    of one path, u(a_t, t, t) learns its mean over the paths through a_t, along which du/dt is defined.
     """
     u_tt = u_fn(a_t, t, t)
     velocity = u_tt.detach() if tangent == "marginal" else v
@@ -461,7 +466,7 @@ class Agent:
         obs = torch.zeros(len(a_t), 1)
         alpha = args.inverse_temperature
         path = (a_t, mu, sigma, eps)
-        local_var = self.bandit.std**2 / alpha  # of exp(alpha Q) around a mode
+        local_var = self.bandit.std**2 / alpha  # of exp(alpha Q) at a mode; it weights two estimates
         if args.reference == "box":
             score, _ = estimate_box_score(self.q_fn, obs, *path, alpha, None, BOX, local_var)
         else:
@@ -597,7 +602,7 @@ def measure(bandit, a, ode):
     """The numbers of results.json for actions (M, 2), beside M ends of the probability-flow ODE."""
     counts = bandit.mode_counts(a)
     cost = torch.cdist(a.double(), ode.double()).square()  # (M, M)
-    matching = linear_sum_assignment(cost)  # the best one of the two samples
+    matching = linear_sum_assignment(cost)  # the pairing of the two samples with the least cost
     return {
         "mean_reward": bandit.reward(a).mean().item(),
         "mode_counts": counts,
@@ -725,7 +730,7 @@ def check_args(args):
     may_be_zero += ["reward_noise", "bump_scale"]
     for name, value in asdict(args).items():
         if type(value) in (int, float):
-            lowest = {"total_updates": 100, "beta_max": 0.1}.get(name, 0)
+            lowest = {"total_updates": 100, "beta_max": 0.1, "num_mc_samples": 2}.get(name, 0)
             highest = 1 if name in ("policy_tau", "zero_r_ratio") else 2**63 - 1
             flag = f"--{name.replace('_', '-')}"
             if not lowest <= value <= highest:
@@ -801,7 +806,7 @@ if __name__ == "__main__":
     samples = {}
     ends = {}
     for name, agent in agents.items():
-        samples[name] = agent.act(noise.unsqueeze(1))
+        samples[name] = agent.act(noise.unsqueeze(1))  # N = 1: MFP's too without its best of N
         ends[name] = agent.act(grid.unsqueeze(1))
     parts = torch.cat([noise, more_noise, grid]).chunk(8)
     seeds = range(args.seed, args.seed + 8)
