@@ -310,7 +310,7 @@ def truncated_normal(eps, mean, std, half_width=1.0):
     lower = torch.minimum(sign * low, sign * high)
     upper = torch.maximum(sign * low, sign * high)
     mass = cdf_of(upper) - cdf_of(lower)
-    # cdf_of(sign * eps) is uniform; with the sign a_0 rises with eps
+    # cdf_of(sign * eps) is uniform for either sign; this one lets a_0 rise with eps
     cdf = cdf_of(lower) + cdf_of(sign * eps) * mass  # (B, K, A)
     z = torch.special.ndtri(cdf.clamp(1e-37, 1 - 1e-7))
     z = sign * z

@@ -82,7 +82,7 @@ class Args:
     policy_frequency: int = 1  # critic updates per policy update  # differs from the paper: 2 there
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # rate of the target critics, which are moved after each policy update
-    policy_tau: float = 0.005  # of the actor's average, which acts  # differs from the paper: no average
+    policy_tau: float = 0.005  # rate of acting_actor  # differs from the paper: no average
     reward_scale: float = 0.2  # factor on the reward
     policy_lr: float = 1e-4  # learning rate of the policy
     q_lr: float = 1e-4  # learning rate of the critics
@@ -99,7 +99,8 @@ class Args:
     score_dtype: Literal["float32", "bfloat16"] = "float32"  # of hidden layers in the score
     best_of_n: int = 32  # candidate actions in acting and bootstrapping (N)
     policy_q: Literal["mean", "min"] = "mean"  # of the twins, in the score and best-of-N
-    q_norm: Literal["batch", "state"] = "state"  # of Q's std, averaged  # differs from the paper: batch
+    # in the score Q is divided by its std over the whole batch, or in each state and then averaged
+    q_norm: Literal["batch", "state"] = "state"  # of Q's std  # differs from the paper: batch
     inverse_temperature: float = 5.0  # of the target: alpha = inverse_temperature / lambda
     score_scale: float = 25.0  # norm of the rescaled score of Eq 8 (w)
     beta_min: float = 0.1  # beta(0) of the VP schedule
@@ -290,7 +291,7 @@ def truncated_normal(eps, mean, std, half_width=1.0):
     lower = torch.minimum(sign * low, sign * high)
     upper = torch.maximum(sign * low, sign * high)
     mass = cdf_of(upper) - cdf_of(lower)
-    # cdf_of(sign * eps) is uniform; with the sign a_0 rises with eps
+    # cdf_of(sign * eps) is uniform for either sign; this one lets a_0 rise with eps
     cdf = cdf_of(lower) + cdf_of(sign * eps) * mass  # (B, K, A)
     z = torch.special.ndtri(cdf.clamp(1e-37, 1 - 1e-7))
     z = sign * z
@@ -492,7 +493,8 @@ def actor_loss(u_fn, q_fn, batch, uniform, eps, mc_eps, alpha, args):
         score, logits = estimate_box_score(*inputs, args.q_norm)
     else:
         score, logits = estimate_score(*inputs, args.reference, args.q_norm)
-    # Eq 8 is for "uniform" alone: near t = 1 f a_t is large, and the others' own score cancels it
+    # not for "prior" and "box": near t = 1 the cosine schedule's f a_t is large, and only the score
+    # as it is cancels it
     score_scale = args.score_scale if args.reference == "uniform" else None
     v = pf_ode_velocity(a_t, score, f, g2, score_scale)
     flow = [x.unsqueeze(1) for x in (a_t, r, t, v)]  # N = 1 action in each state
@@ -607,10 +609,7 @@ class Agent(nn.Module):
         return info
 
     def update_lambda(self):
-        """Move lambda to where the noise, of std noise_scale lambda, has target_entropy.
-
-        No data enter, so lambda follows a fixed schedule.
-        """
+        """Move the noise's std, noise_scale lambda, to that of target_entropy. No data: a schedule."""
         std = self.args.noise_scale * self.log_lambda.detach().exp()
         entropy = 0.5 * math.log(2 * math.pi * math.e) + std.log()
         self.descend("lambda", self.log_lambda * (entropy - self.args.target_entropy))
@@ -835,7 +834,7 @@ def env_dimensions(args):
             exit_with_error(f"--capture-video: {error}; without a display, set MUJOCO_GL=egl")
     if env.spec.max_episode_steps is None:
         warn(f"{args.env_id} has no time limit; an evaluation lasts until its episodes end")
-    # of MuJoCo's bodies; others have no model
+    # contact margins of MuJoCo's bodies; environments without MuJoCo have none
     margins = getattr(getattr(env.unwrapped, "model", None), "geom_margin", np.zeros(1))
     if margins.any() and [int(x) for x in metadata.version("mujoco").split(".")[:2]] >= [3, 5]:
         warn(f"mujoco >= 3.5 changed the contacts of {args.env_id}; use mujoco < 3.5")
@@ -1006,7 +1005,7 @@ if __name__ == "__main__":
             checkpoint = load_checkpoint(Path(source))
         except ValueError as error:
             exit_with_error(str(error))
-        if args.evaluate is not None:  # these are asked for by its own command line, not by the run's
+        if args.evaluate is not None:  # it tracks and films only if this command line asks for it
             checkpoint["args"] |= {"track": False, "capture_video": False}
         args = resumed_args(checkpoint)
         start_step = checkpoint["global_step"]
@@ -1157,7 +1156,7 @@ if __name__ == "__main__":
             episode = infos["final_info"]["episode_statistics"]
             writer.add_scalar("charts/episodic_return", episode["r"][i], global_step)
             writer.add_scalar("charts/episodic_length", episode["l"][i], global_step)
-            progress.set_postfix(episodic_return=episode["r"][i])
+            progress.set_postfix(episodic_return=episode["r"][i], refresh=False)
         check_finite(place, action=actions, reward=rewards, observation=[obs, next_obs])
         check_finite(place, last_observation=real_next_obs)
         rb.pack(new_rows, obs, real_next_obs, actions, rewards, terminated)

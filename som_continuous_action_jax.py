@@ -56,7 +56,7 @@ from tensorboard.summary.writer import event_file_writer
 from tqdm import tqdm
 
 CHECKPOINT_FORMAT = "som_continuous_action_jax.py, checkpoints of version 4"
-MATMUL_PRECISIONS = {"high": "default", "highest": "highest"}  # JAX's default is TF32 on a GPU
+MATMUL_PRECISIONS = {"high": "default", "highest": "highest"}  # JAX's own default is TF32 on a GPU
 Batch = namedtuple("Batch", "obs next_obs actions rewards terminated")
 # what an agent is; networks are lists of layers, a layer is (weights, biases)
 State = namedtuple("State", "actor acting_actor critic target_critic mean_std log_lambda optimizers key")
@@ -91,7 +91,7 @@ class Args:
     policy_frequency: int = 1  # critic updates per policy update  # differs from the paper: 2 there
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # rate of the target critics, which are moved after each policy update
-    policy_tau: float = 0.005  # of the actor's average, which acts  # differs from the paper: no average
+    policy_tau: float = 0.005  # rate of acting_actor  # differs from the paper: no average
     reward_scale: float = 0.2  # factor on the reward
     policy_lr: float = 1e-4  # learning rate of the policy
     q_lr: float = 1e-4  # learning rate of the critics
@@ -108,7 +108,8 @@ class Args:
     score_dtype: Literal["float32", "bfloat16"] = "float32"  # of hidden layers in the score
     best_of_n: int = 32  # candidate actions in acting and bootstrapping (N)
     policy_q: Literal["mean", "min"] = "mean"  # of the twins, in the score and best-of-N
-    q_norm: Literal["batch", "state"] = "state"  # of Q's std, averaged  # differs from the paper: batch
+    # in the score Q is divided by its std over the whole batch, or in each state and then averaged
+    q_norm: Literal["batch", "state"] = "state"  # of Q's std  # differs from the paper: batch
     inverse_temperature: float = 5.0  # of the target: alpha = inverse_temperature / lambda
     score_scale: float = 25.0  # norm of the rescaled score of Eq 8 (w)
     beta_min: float = 0.1  # beta(0) of the VP schedule
@@ -298,7 +299,7 @@ def truncated_normal(eps, mean, std, half_width=1.0):
     lower = jnp.minimum(sign * low, sign * high)
     upper = jnp.maximum(sign * low, sign * high)
     mass = ndtr(upper) - ndtr(lower)
-    # ndtr(sign * eps) is uniform; with the sign a_0 rises with eps
+    # ndtr(sign * eps) is uniform for either sign; this one lets a_0 rise with eps
     cdf = ndtr(lower) + ndtr(sign * eps) * mass  # (B, K, A)
     z = jax.scipy.special.ndtri(jnp.clip(cdf, 1e-37, 1 - 1e-7))
     z = sign * z
@@ -409,7 +410,7 @@ def sample_r_t(uniform, zero_r_ratio=0.0):
     """Uniform numbers (B, 2) as times r <= t, each (B, 1) (Algorithm 1); r = 0 in a share of them."""
     r = uniform.min(axis=1, keepdims=True)
     t = uniform.max(axis=1, keepdims=True)
-    row = jnp.arange(len(r))[:, None]  # the rows are in no order
+    row = jnp.arange(len(r))[:, None]  # the batch was drawn at random: its first rows will do
     return r * (row >= zero_r_ratio * len(r)), t
 
 
@@ -506,7 +507,8 @@ def actor_loss(u_fn, q_fn, batch, uniform, eps, mc_eps, alpha, args):
         score, logits = estimate_box_score(*inputs, args.q_norm)
     else:
         score, logits = estimate_score(*inputs, args.reference, args.q_norm)
-    # Eq 8 is for "uniform" alone: near t = 1 f a_t is large, and the others' own score cancels it
+    # not for "prior" and "box": near t = 1 the cosine schedule's f a_t is large, and only the score
+    # as it is cancels it
     score_scale = args.score_scale if args.reference == "uniform" else None
     v = pf_ode_velocity(a_t, score, f, g2, score_scale)
     flow = [x[:, None] for x in (a_t, r, t, v)]  # N = 1 action in each state
@@ -551,7 +553,7 @@ def init(key, args, obs_dim, act_dim):
 
 
 def make_optimizers(args):
-    """Adam for the trained parts of State. Flat ones keep few arrays: to start a step costs less."""
+    """Adam for the trained parts of State. Flat ones have few arrays: a compiled call starts sooner."""
     return {
         "actor": optax.flatten(optax.adam(args.policy_lr)),
         "critic": optax.flatten(optax.adam(args.q_lr)),
@@ -642,10 +644,7 @@ def update_actor(state, batch, key, args):
 
 
 def update_lambda(state, args):
-    """Move lambda to where the noise, of std noise_scale lambda, has target_entropy.
-
-    No data enter, so lambda follows a fixed schedule.
-    """
+    """Move the noise's std, noise_scale lambda, to that of target_entropy. No data: a schedule."""
     std = args.noise_scale * jnp.exp(state.log_lambda)
     entropy = 0.5 * math.log(2 * math.pi * math.e) + jnp.log(std)
 
@@ -657,7 +656,7 @@ def update_lambda(state, args):
 
 
 def descend(state, name, loss_fn, args):
-    """One step of Adam for the part of this name, on loss_fn(part) -> loss, what else it returns."""
+    """One step of Adam on state.<name>; loss_fn(part) -> (loss, rest). Returns the state and rest."""
     part = getattr(state, name)
     gradient, rest = jax.grad(loss_fn, has_aux=True)(part)
     step, optimizer = make_optimizers(args)[name].update(gradient, state.optimizers[name])
@@ -702,10 +701,10 @@ class ReplayBuffer:
         return self.on_host[start : start + self.num_seeds * self.num_envs]
 
     def to_device(self, num_added):
-        """The ring of every seed, without the last step.
+        """The ring of every seed, one step back: add() comes before every step.
 
-        add() comes before every step, the first one too: it then writes the last step or, in a new
-        run, zeros before the first slot.
+        The first time it brings the last step of a resumed run or, in a new one, zeros: they go to
+        the last slots, and num_filled becomes 0.
         """
         steps = self.on_host.reshape(-1, self.num_seeds, self.num_envs, self.row_width)
         rows = steps.swapaxes(0, 1).reshape(self.num_seeds, -1, self.row_width)
@@ -716,7 +715,7 @@ class ReplayBuffer:
 
 
 def add(ring, rows, size):
-    """size: the newest rows that are sampled from."""
+    """Write rows into the ring. size: how many of its newest rows may be sampled."""
     slots = (ring.next_slot + jnp.arange(len(rows))) % len(ring.rows)
     next_slot = (ring.next_slot + len(rows)) % len(ring.rows)
     num_filled = jnp.minimum(ring.num_filled + len(rows), size)
@@ -731,9 +730,9 @@ def sample(ring, key, batch_size, widths):
     return Batch(obs, next_obs, actions, rewards.squeeze(1), terminated.squeeze(1))
 
 
-# A step asks two things of the device, each in one call. Their counters and keys stay there
+# The two compiled calls of an iteration; slots and random keys stay on the device between them
 def add_and_act(ring, key, acting, inbox, args):
-    """The rows of the last step join the ring; then actions (E, A) for the observations after it."""
+    """inbox: the last step's rows, which join the ring, and the observations after it, for actions (E, A)."""
     _, row_width = ring.rows.shape
     rows, obs = jnp.split(inbox, [row_width], axis=1)
     ring = add(ring, rows, args.buffer_size)
@@ -927,7 +926,7 @@ def env_dimensions(args):
             exit_with_error(f"--capture-video: {error}; without a display, set MUJOCO_GL=egl")
     if env.spec.max_episode_steps is None:
         warn(f"{args.env_id} has no time limit; an evaluation lasts until its episodes end")
-    # of MuJoCo's bodies; others have no model
+    # contact margins of MuJoCo's bodies; environments without MuJoCo have none
     margins = getattr(getattr(env.unwrapped, "model", None), "geom_margin", np.zeros(1))
     if margins.any() and [int(x) for x in metadata.version("mujoco").split(".")[:2]] >= [3, 5]:
         warn(f"mujoco >= 3.5 changed the contacts of {args.env_id}; use mujoco < 3.5")
@@ -1121,11 +1120,12 @@ if __name__ == "__main__":
         try:
             run_folder, _ = find_run(Path(source))
             if args.resume is not None and any(run_folder.glob("checkpoint_[0-9]*.npz")):
-                lock = lock_run(run_folder)
+                with writing(run_folder):
+                    lock = lock_run(run_folder)
             checkpoint = load_checkpoint(Path(source))
         except ValueError as error:
             exit_with_error(str(error))
-        if args.evaluate is not None:  # these are asked for by its own command line, not by the run's
+        if args.evaluate is not None:  # it tracks and films only if this command line asks for it
             checkpoint["args"] |= {"track": False, "capture_video": False}
         args = resumed_args(checkpoint)
         start_step = checkpoint["global_step"]
@@ -1140,7 +1140,7 @@ if __name__ == "__main__":
     # TRY NOT TO MODIFY: seeding. A resumed run begins new episodes, with seeds of their own
     seeds = range(args.seed, args.seed + args.num_seeds)
     keys = [jax.random.PRNGKey(seed % 2**32) for seed in seeds]
-    init_keys, act_keys = jax.vmap(jax.random.split, out_axes=1)(jnp.stack(keys))
+    init_keys, act_keys = jax.vmap(jax.random.split, out_axes=1)(jnp.stack(keys))  # each (S, 2)
     env_seeds = env_seeds_of(seeds, start_step, args.num_envs)
     eval_seeds = [evaluation_seed(seed) for seed in seeds]
 
@@ -1210,13 +1210,13 @@ if __name__ == "__main__":
     # an inbox row is a transition of the last step, then the present observation
     inbox = np.zeros((len(env_seeds), rb.row_width + obs_dim), np.float32)
     new_rows, new_obs = np.split(inbox, [rb.row_width], axis=1)  # views
-    inbox_by_seed = inbox.reshape(len(seeds), args.num_envs, -1)  # another
+    inbox_by_seed = inbox.reshape(len(seeds), args.num_envs, -1)  # another view
     ring = rb.to_device(num_added)
     if num_added > 0:
         new_rows[:] = rb.host_rows(num_added - args.num_envs)
     add_and_act_all = side_by_side(add_and_act, donated=(0, 1), args=args)
-    sample_and_update_all = partial(side_by_side, sample_and_update, donated=0, args=args, widths=rb.widths)
-    updates = {due: sample_and_update_all(policy_is_due=due) for due in (True, False)}
+    compile_update = partial(side_by_side, sample_and_update, donated=0, args=args, widths=rb.widths)
+    updates = {due: compile_update(policy_is_due=due) for due in (True, False)}
     update_lambda_all = side_by_side(update_lambda, donated=0, args=args)
 
     def evaluate_at(global_step, k):
@@ -1235,6 +1235,8 @@ if __name__ == "__main__":
 
     for k in missing:
         evaluate_at(start_step, k)
+    if received_signals:
+        exit_with_error(f"stopped; go on with --resume {run_folder}", 128 + received_signals[0])
 
     # TRY NOT TO MODIFY: start the game
     thunks = len(env_seeds) * [partial(make_training_env, args.env_id)]
@@ -1278,7 +1280,7 @@ if __name__ == "__main__":
             writer = writers[i // args.num_envs]
             writer.add_scalar("charts/episodic_return", episode["r"][i], global_step)
             writer.add_scalar("charts/episodic_length", episode["l"][i], global_step)
-            progress.set_postfix(episodic_return=episode["r"][i])
+            progress.set_postfix(episodic_return=episode["r"][i], refresh=False)
         observations = np.hstack([obs, next_obs])
         check_finite_by_seed(places, action=actions, reward=rewards, observation=observations)
         check_finite_by_seed(places, last_observation=real_next_obs)

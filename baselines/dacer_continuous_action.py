@@ -691,7 +691,7 @@ def env_dimensions(args):
             exit_with_error(f"--capture-video: {error}; without a display, set MUJOCO_GL=egl")
     if env.spec.max_episode_steps is None:
         warn(f"{args.env_id} has no time limit; an evaluation lasts until its episodes end")
-    # of MuJoCo's bodies; others have no model
+    # contact margins of MuJoCo's bodies; environments without MuJoCo have none
     margins = getattr(getattr(env.unwrapped, "model", None), "geom_margin", np.zeros(1))
     if margins.any() and [int(x) for x in metadata.version("mujoco").split(".")[:2]] >= [3, 5]:
         warn(f"mujoco >= 3.5 changed the contacts of {args.env_id}; use mujoco < 3.5")
@@ -861,7 +861,7 @@ if __name__ == "__main__":
             checkpoint = load_checkpoint(Path(source))
         except ValueError as error:
             exit_with_error(str(error))
-        if args.evaluate is not None:  # these are asked for by its own command line, not by the run's
+        if args.evaluate is not None:  # it tracks and films only if this command line asks for it
             checkpoint["args"] |= {"track": False, "capture_video": False}
         args = resumed_args(checkpoint)
         start_step = checkpoint["global_step"]
@@ -1012,7 +1012,7 @@ if __name__ == "__main__":
             episode = infos["final_info"]["episode_statistics"]
             writer.add_scalar("charts/episodic_return", episode["r"][i], global_step)
             writer.add_scalar("charts/episodic_length", episode["l"][i], global_step)
-            progress.set_postfix(episodic_return=episode["r"][i])
+            progress.set_postfix(episodic_return=episode["r"][i], refresh=False)
         check_finite(place, action=actions, reward=rewards, observation=[obs, next_obs])
         check_finite(place, last_observation=real_next_obs)
         rb.pack(new_rows, obs, real_next_obs, actions, rewards, terminated)

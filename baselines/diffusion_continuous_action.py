@@ -623,10 +623,7 @@ class Agent(nn.Module):
         return info | loss_info
 
     def update_lambda(self):
-        """Move lambda to where the noise, of std noise_scale lambda, has target_entropy.
-
-        No data enter, so lambda follows a fixed schedule.
-        """
+        """Move the noise's std, noise_scale lambda, to that of target_entropy. No data: a schedule."""
         std = self.args.noise_scale * self.log_lambda.detach().exp()
         entropy = 0.5 * math.log(2 * math.pi * math.e) + std.log()
         self.descend("lambda", self.log_lambda * (entropy - self.args.target_entropy))
@@ -878,7 +875,7 @@ def env_dimensions(args):
             exit_with_error(f"--capture-video: {error}; without a display, set MUJOCO_GL=egl")
     if env.spec.max_episode_steps is None:
         warn(f"{args.env_id} has no time limit; an evaluation lasts until its episodes end")
-    # of MuJoCo's bodies; others have no model
+    # contact margins of MuJoCo's bodies; environments without MuJoCo have none
     margins = getattr(getattr(env.unwrapped, "model", None), "geom_margin", np.zeros(1))
     if margins.any() and [int(x) for x in metadata.version("mujoco").split(".")[:2]] >= [3, 5]:
         warn(f"mujoco >= 3.5 changed the contacts of {args.env_id}; use mujoco < 3.5")
@@ -1048,7 +1045,7 @@ if __name__ == "__main__":
             checkpoint = load_checkpoint(Path(source))
         except ValueError as error:
             exit_with_error(str(error))
-        if args.evaluate is not None:  # these are asked for by its own command line, not by the run's
+        if args.evaluate is not None:  # it tracks and films only if this command line asks for it
             checkpoint["args"] |= {"track": False, "capture_video": False}
         args = resumed_args(checkpoint)
         start_step = checkpoint["global_step"]
@@ -1201,7 +1198,7 @@ if __name__ == "__main__":
             episode = infos["final_info"]["episode_statistics"]
             writer.add_scalar("charts/episodic_return", episode["r"][i], global_step)
             writer.add_scalar("charts/episodic_length", episode["l"][i], global_step)
-            progress.set_postfix(episodic_return=episode["r"][i])
+            progress.set_postfix(episodic_return=episode["r"][i], refresh=False)
         check_finite(place, action=actions, reward=rewards, observation=[obs, next_obs])
         check_finite(place, last_observation=real_next_obs)
         rb.pack(new_rows, obs, real_next_obs, actions, rewards, terminated)

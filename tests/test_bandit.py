@@ -433,8 +433,8 @@ BAD_NUMBERS = {
     "--num-envs": "0", "--learning-starts": "-1", "--batch-size": "0", "--policy-lr": "0", "--q-lr": "inf",
     "--q-updates": "0",
     "--hidden-dim": "0", "--q-hidden-dim": "0", "--num-frequencies": "0", "--policy-tau": "1.5", "--noise-scale": "-1",
-    "--zero-r-ratio": "1.1", "--inverse-temperature": "0", "--num-mc-samples": "0", "--score-scale": "0",
-    "--beta-max": "0.05", "--best-of-n": "0", "--num-mc-samples": "1",
+    "--zero-r-ratio": "1.1", "--inverse-temperature": "0", "--num-mc-samples": "1", "--score-scale": "0",
+    "--beta-max": "0.05", "--best-of-n": "0",
 }  # fmt: skip
 
 

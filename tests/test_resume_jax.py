@@ -354,6 +354,30 @@ def test_an_evaluation_that_was_interrupted_is_made_when_the_run_goes_on(finishe
     assert again[:-1] == lines[:-1] and again[-1].split(",")[:4] == lines[-1].split(",")[:4]
 
 
+def test_a_signal_in_that_evaluation_ends_the_run_before_a_step(finished, tmp_path, monkeypatch, capsys):
+    file = second(finished) / "evaluations.csv"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines[:-1], ""]))
+    before = {path: path.read_bytes() for path in (file, *checkpoints(finished))}
+    step = SeededEnv.step
+    arrived = []
+
+    def step_with_a_signal(env, action):
+        if not arrived:
+            arrived.append(TERM)
+            signal.raise_signal(TERM)
+        return step(env, action)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SeededEnv, "step", step_with_a_signal)
+        with pytest.raises(SystemExit) as stop:
+            run_loop(tmp_path, "--resume", finished, "--total-timesteps", "260")
+    assert stop.value.code == 128 + TERM and f"--resume {finished}" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in (file, *checkpoints(finished))}
+    run_loop(tmp_path, "--resume", finished, "--total-timesteps", "202")
+    assert file.read_text().splitlines()[len(lines) - 1].startswith("200,")
+
+
 def test_lambda_is_one_where_autotune_is_turned_off(finished, tmp_path, monkeypatch):
     no_steps(monkeypatch)
     run = run_loop(tmp_path, "--resume", finished, "--total-timesteps", "260", "--no-autotune")
