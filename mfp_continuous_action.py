@@ -73,7 +73,7 @@ class Args:
     # Algorithm specific arguments
     env_id: str = "Walker2d-v4"  # Gymnasium id; flat observations, bounded continuous actions
     total_timesteps: int = 5_000_000  # environment steps, over all environments
-    num_envs: int = 5  # environments stepped together
+    num_envs: int = 5  # environments stepped together (E)
     learning_starts: int = 30_000  # environment steps with random actions, before learning
     buffer_size: int = 1_000_000  # transitions in the replay buffer
     batch_size: int = 256  # transitions in an update (B)
@@ -349,7 +349,7 @@ class ReplayBuffer:
     """Transitions, a row each, on the training device and, for --resume, in a file.
 
     Time limits are not `terminated`: they bootstrap. Only the last buffer_size rows are sampled. As
-    many as 2 checkpoint_frequency older ones stay, so that after a kill at any moment either of
+    many as 2 * checkpoint_frequency older ones stay, so that after a kill at any moment either of
     the two kept checkpoints finds all of its rows. The counter is on the device as well: adding
     and sampling never wait for the host.
     """
@@ -671,7 +671,7 @@ def resumed_args(checkpoint):
 
 
 def evaluations_until(path, global_step):
-    """The lines of evaluations.csv up to a step: what a killed run evaluated later comes again."""
+    """The lines of evaluations.csv up to a step: later ones are dropped, and made again."""
     if not path.exists():
         return ["global_step,num_updates,return_mean,return_std,wall_time_s"]
     header, *lines = path.read_text().splitlines()
@@ -787,7 +787,7 @@ if __name__ == "__main__":
     write_file(run_folder / "config.json", json.dumps(config, indent=2).encode())
     write_file(run_folder / "evaluations.csv", "\n".join([*evaluations, ""]).encode())
     for path in run_folder.glob("checkpoint_[0-9]*.pt"):
-        if int(path.stem.split("_")[1]) > start_step:  # of a branch that is left here
+        if int(path.stem.split("_")[1]) > start_step:  # after the one resumed from: they are made anew
             path.unlink()
     writer = SummaryWriter(run_folder, purge_step=start_step + 1)  # drops what a killed run logged later
     atexit.register(writer.close)  # an error that ends the run leaves its curves
@@ -843,7 +843,7 @@ if __name__ == "__main__":
         if on_gpu:
             actions_sent = torch.cuda.current_stream().record_event()
 
-        # ALGO LOGIC: training. A GPU does it while the environments step, on all transitions before
+        # ALGO LOGIC: training. A GPU does it while the environments step, without this step's transitions
         learning = num_added >= max(args.learning_starts, 1)
         if learning:
             for _ in range(args.updates_per_step):

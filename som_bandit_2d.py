@@ -260,7 +260,7 @@ def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q
             std = sigma / mu
         else:
             # N(a_0; 0, I) N(a_t; mu a_0, sigma^2) = N(a_t; 0, I) N(a_0; mu a_t, sigma^2), as
-            # mu^2 + sigma^2 = 1: p_t(a_t) ~ N(a_t; 0, I) E exp(alpha Q(a_0)), a_0 ~ N(mu a_t, sigma^2)
+            # mu^2 + sigma^2 = 1. So p_t(a_t) is N(a_t; 0, I) E exp(alpha Q(a_0)) for a_0 of N(mu a_t, sigma^2)
             center = mu * a_t
             std = sigma
         a_0 = center.unsqueeze(1) + std.unsqueeze(1) * eps  # (B, K, A)
@@ -310,7 +310,7 @@ def truncated_normal(eps, mean, std, half_width=1.0):
     lower = torch.minimum(sign * low, sign * high)
     upper = torch.maximum(sign * low, sign * high)
     mass = cdf_of(upper) - cdf_of(lower)
-    # cdf_of(sign * eps) is uniform for either sign; this one lets a_0 rise with eps
+    # cdf_of(eps) would be uniform too; eps mirrored with the box lets a_0 rise with it
     cdf = cdf_of(lower) + cdf_of(sign * eps) * mass  # (B, K, A)
     z = torch.special.ndtri(cdf.clamp(1e-37, 1 - 1e-7))
     z = sign * z
@@ -322,9 +322,9 @@ def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_
     """As estimate_score, for p_0 ~ exp(alpha Q) inside the box and 0 outside (beyond the paper).
 
     By Tweedie's formula the score is (mu m - a_t) / sigma^2, where m is the mean of a_0 given a_t.
-    With cosine_schedule v = -pi/2 (m - mu a_t) / sigma: m is in the box, so alpha does not blow it up.
-    m blends two estimates: the weighted mean of the samples, which sees distant modes, and, close to
-    t = 0, where an error is divided by sigma, their plain mean moved up Q.
+    With cosine_schedule v = -pi/2 (m - mu a_t) / sigma: m is in the box, so no alpha blows it up.
+    m blends two estimates: the weighted mean of the samples, which sees distant modes, and, close
+    to t = 0, where an error is divided by sigma, their plain mean plus their variance times the slope.
     """
     a_0 = truncated_normal(eps, a_t / mu, sigma / mu, half_width)  # (B, K, A)
 
@@ -334,10 +334,10 @@ def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_
         return torch.logsumexp(logits, dim=1).sum(), logits
 
     with torch.no_grad():
-        gradients, logits = torch.func.grad(log_sum_exp, has_aux=True)(a_0)  # (B, K, A), weight times slope
+        gradients, logits = torch.func.grad(log_sum_exp, has_aux=True)(a_0)  # (B, K, A), weight times the logits' slope
     weights = logits.softmax(dim=1).unsqueeze(-1)  # (B, K, 1)
     weighted_mean = (weights * a_0).sum(dim=1)  # (B, A)
-    # where Q is linear the posterior is the truncated normal, moved by its variance times the slope
+    # where Q is linear, and to first order, the posterior's mean is the truncated normal's so moved
     slope = gradients.sum(dim=1)
     moved_mean = a_0.mean(dim=1) + a_0.var(dim=1) * slope
     moved_mean = moved_mean.clamp(-half_width, half_width)
@@ -348,7 +348,7 @@ def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_
 
 
 def lattice_noise(points, shift):
-    """Standard normal eps (B, K, A): points (K, A) of the unit cube, shifted modulo 1 (B, 1, A).
+    """Standard normal eps (B, K, A): points (K, A) of the unit cube plus shift (B, 1, A), modulo 1.
 
     With a uniform shift every sample is normal, and the K samples of a state lie evenly.
     """

@@ -16,7 +16,7 @@ The policy turns noise into an action with ONE network evaluation. The field it 
     actor     ||u(a_t, r, t, s) - stopgrad(u_tgt)||^2, a_t = mu a_0 + sigma eps, (s, a_0) from the replay buffer
 
 Conventions: t = 1 is noise, t = 0 is the action, 0 <= r <= t <= 1. Inside the learner actions live in [-1, 1]^A.
-With the default beta a_1 = 0.76 a_0 + 0.65 eps, but acting starts from pure noise, as in the paper: see docs/som.md.
+With beta_min and beta_max as here, a_1 = 0.76 a_0 + 0.65 eps; acting starts from pure noise, as in the paper.
 alpha is an INVERSE temperature: p_0(a|s) is proportional to exp(alpha Q(s, a)), Q in units of its std over actions.
 lambda scales the exploration noise up and alpha down; it follows a schedule, or is 1.
 Shapes: B states, N actions in each of them, A coordinates: (B, N, A). Twins come first: (2, B, N).
@@ -74,7 +74,7 @@ class Args:
     # Algorithm specific arguments
     env_id: str = "Walker2d-v4"  # Gymnasium id; flat observations, bounded continuous actions
     total_timesteps: int = 5_000_000  # environment steps, over all environments
-    num_envs: int = 5  # environments stepped together
+    num_envs: int = 5  # environments stepped together (E)
     learning_starts: int = 100_000  # environment steps with random actions, before learning
     buffer_size: int = 1_000_000  # transitions in the replay buffer
     batch_size: int = 256  # transitions in an update (B)
@@ -82,7 +82,7 @@ class Args:
     policy_frequency: int = 1  # critic updates per policy update  # differs from the paper: 2 there
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # rate of the target critics, which are moved after each policy update
-    policy_tau: float = 0.005  # rate of acting_actor  # differs from the paper: no average
+    policy_tau: float = 0.005  # rate of the actor's moving average, which acts  # differs from the paper: none
     reward_scale: float = 0.2  # factor on the reward
     policy_lr: float = 1e-4  # learning rate of the policy
     q_lr: float = 1e-4  # learning rate of the critics
@@ -100,18 +100,18 @@ class Args:
     best_of_n: int = 32  # candidate actions in acting and bootstrapping (N)
     policy_q: Literal["mean", "min"] = "mean"  # of the twins, in the score and best-of-N
     # in the score Q is divided by its std over the whole batch, or in each state and then averaged
-    q_norm: Literal["batch", "state"] = "state"  # of Q's std  # differs from the paper: batch
+    q_norm: Literal["batch", "state"] = "state"  # over what Q's std is taken  # differs from the paper: batch
     inverse_temperature: float = 5.0  # of the target: alpha = inverse_temperature / lambda
     score_scale: float = 25.0  # norm of the rescaled score of Eq 8 (w)
     beta_min: float = 0.1  # beta(0) of the VP schedule
     beta_max: float = 1.0  # beta(1) of the VP schedule; the paper prints none
     zero_r_ratio: float = 0.5  # share of r = 0, as in acting  # differs from the paper: 0 there
-    noise_scale: float = 0.1  # of the exploration: its std is noise_scale lambda
+    noise_scale: float = 0.1  # of the exploration: its std is noise_scale * lambda
     autotune: bool = True  # move lambda, from initial_lambda on; without, it is 1 throughout
     initial_lambda: float = 5.0  # lambda at the start, if it moves
     alpha_lr: float = 7e-3  # learning rate of log lambda
     alpha_delay: int = 250  # critic updates per update of log lambda
-    target_entropy: float = -0.9  # of the exploration noise, nats per action coordinate
+    target_entropy: float = -0.9  # of the exploration noise, nats per action coordinate: its std ends at 0.098
     eval_frequency: int = 100_000  # environment steps between evaluations; the last is at the end
 
 
@@ -261,7 +261,7 @@ def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q
             std = sigma / mu
         else:
             # N(a_0; 0, I) N(a_t; mu a_0, sigma^2) = N(a_t; 0, I) N(a_0; mu a_t, sigma^2), as
-            # mu^2 + sigma^2 = 1: p_t(a_t) ~ N(a_t; 0, I) E exp(alpha Q(a_0)), a_0 ~ N(mu a_t, sigma^2)
+            # mu^2 + sigma^2 = 1. So p_t(a_t) is N(a_t; 0, I) E exp(alpha Q(a_0)) for a_0 of N(mu a_t, sigma^2)
             center = mu * a_t
             std = sigma
         a_0 = center.unsqueeze(1) + std.unsqueeze(1) * eps  # (B, K, A)
@@ -291,7 +291,7 @@ def truncated_normal(eps, mean, std, half_width=1.0):
     lower = torch.minimum(sign * low, sign * high)
     upper = torch.maximum(sign * low, sign * high)
     mass = cdf_of(upper) - cdf_of(lower)
-    # cdf_of(sign * eps) is uniform for either sign; this one lets a_0 rise with eps
+    # cdf_of(eps) would be uniform too; eps mirrored with the box lets a_0 rise with it
     cdf = cdf_of(lower) + cdf_of(sign * eps) * mass  # (B, K, A)
     z = torch.special.ndtri(cdf.clamp(1e-37, 1 - 1e-7))
     z = sign * z
@@ -303,9 +303,9 @@ def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_
     """As estimate_score, for p_0 ~ exp(alpha Q) inside the box and 0 outside (beyond the paper).
 
     By Tweedie's formula the score is (mu m - a_t) / sigma^2, where m is the mean of a_0 given a_t.
-    With cosine_schedule v = -pi/2 (m - mu a_t) / sigma: m is in the box, so alpha does not blow it up.
-    m blends two estimates: the weighted mean of the samples, which sees distant modes, and, close to
-    t = 0, where an error is divided by sigma, their plain mean moved up Q.
+    With cosine_schedule v = -pi/2 (m - mu a_t) / sigma: m is in the box, so no alpha blows it up.
+    m blends two estimates: the weighted mean of the samples, which sees distant modes, and, close
+    to t = 0, where an error is divided by sigma, their plain mean plus their variance times the slope.
     """
     a_0 = truncated_normal(eps, a_t / mu, sigma / mu, half_width)  # (B, K, A)
 
@@ -315,10 +315,10 @@ def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_
         return torch.logsumexp(logits, dim=1).sum(), logits
 
     with torch.no_grad():
-        gradients, logits = torch.func.grad(log_sum_exp, has_aux=True)(a_0)  # (B, K, A), weight times slope
+        gradients, logits = torch.func.grad(log_sum_exp, has_aux=True)(a_0)  # (B, K, A), weight times the logits' slope
     weights = logits.softmax(dim=1).unsqueeze(-1)  # (B, K, 1)
     weighted_mean = (weights * a_0).sum(dim=1)  # (B, A)
-    # where Q is linear the posterior is the truncated normal, moved by its variance times the slope
+    # where Q is linear, and to first order, the posterior's mean is the truncated normal's so moved
     slope = gradients.sum(dim=1)
     moved_mean = a_0.mean(dim=1) + a_0.var(dim=1) * slope
     moved_mean = moved_mean.clamp(-half_width, half_width)
@@ -331,7 +331,7 @@ def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_
 def climb(log_density, a, rate, num_steps, half_width=1.0):
     """Actions (B, K, A) moved up log_density, (B, K, A) -> (B, K), inside the box (beyond the paper).
 
-    A step is rate (B, 1) times the gradient, but no longer than a limit, RMS over the coordinates,
+    A step is rate (B, 1) times the gradient. Its RMS over the coordinates stays below a limit,
     which falls linearly from half_width / 2 to half_width / (2 num_steps).
     """
 
@@ -355,7 +355,7 @@ def estimate_peak_score(q_fn, obs, a_t, mu, sigma, eps, alpha, num_steps, q_norm
     """As estimate_box_score, for an alpha so large that few of K samples count (beyond the paper).
 
     The posterior of a_0 given a_t, exp(alpha Q(a_0)) N(a_t; mu a_0, sigma^2), is narrow then around
-    its peaks. Each sample climbs one. m is the mean of where they end, with their heights as weights.
+    its peaks. Each sample climbs one. m is the mean of where they end, weighted by their heights.
     """
     variance = sigma.clamp(min=1e-3) ** 2
     a_0 = truncated_normal(eps, a_t / mu, sigma / mu, half_width)  # (B, K, A)
@@ -377,7 +377,7 @@ def estimate_peak_score(q_fn, obs, a_t, mu, sigma, eps, alpha, num_steps, q_norm
 
 
 def lattice_noise(points, shift):
-    """Standard normal eps (B, K, A): points (K, A) of the unit cube, shifted modulo 1 (B, 1, A).
+    """Standard normal eps (B, K, A): points (K, A) of the unit cube plus shift (B, 1, A), modulo 1.
 
     With a uniform shift every sample is normal, and the K samples of a state lie evenly.
     """
@@ -441,7 +441,7 @@ def distributional_critic_loss(q_dist, target_q_dist, batch, next_actions, z, me
     """Loss of the twins' means and stds as in DACER (Section 4.4); also the next mean_std, and info.
 
     q_dist, target_q_dist: (B, O), (B, 1, A) -> mean, std of the return, (2, B, 1). z: (B,) normal.
-    mean_std: (2, 1) moving average of the predicted std, NaN before the first update. eps: DACER's.
+    mean_std: (2, 1) moving average of the predicted std, NaN before the first update. eps: DACER's, for small stds.
     """
     with torch.no_grad():
         target_mean, target_std = target_q_dist(batch.next_obs, next_actions.unsqueeze(1))
@@ -493,8 +493,8 @@ def actor_loss(u_fn, q_fn, batch, uniform, eps, mc_eps, alpha, args):
         score, logits = estimate_box_score(*inputs, args.q_norm)
     else:
         score, logits = estimate_score(*inputs, args.reference, args.q_norm)
-    # not for "prior" and "box": near t = 1 the cosine schedule's f a_t is large, and only the score
-    # as it is cancels it
+    # Eq 8 is for "uniform" only: near t = 1 the cosine schedule's f a_t is large, and only the
+    # unscaled score cancels it
     score_scale = args.score_scale if args.reference == "uniform" else None
     v = pf_ode_velocity(a_t, score, f, g2, score_scale)
     flow = [x.unsqueeze(1) for x in (a_t, r, t, v)]  # N = 1 action in each state
@@ -609,7 +609,7 @@ class Agent(nn.Module):
         return info
 
     def update_lambda(self):
-        """Move the noise's std, noise_scale lambda, to that of target_entropy. No data: a schedule."""
+        """Move lambda to where the noise, std noise_scale * lambda, has target_entropy: a schedule."""
         std = self.args.noise_scale * self.log_lambda.detach().exp()
         entropy = 0.5 * math.log(2 * math.pi * math.e) + std.log()
         self.descend("lambda", self.log_lambda * (entropy - self.args.target_entropy))
@@ -629,7 +629,7 @@ class ReplayBuffer:
     """Transitions, a row each, on the training device and, for --resume, in a file.
 
     Time limits are not `terminated`: they bootstrap. Only the last buffer_size rows are sampled. As
-    many as 2 checkpoint_frequency older ones stay, so that after a kill at any moment either of
+    many as 2 * checkpoint_frequency older ones stay, so that after a kill at any moment either of
     the two kept checkpoints finds all of its rows. The counter is on the device as well: adding
     and sampling never wait for the host.
     """
@@ -956,7 +956,7 @@ def resumed_args(checkpoint):
 
 
 def evaluations_until(path, global_step):
-    """The lines of evaluations.csv up to a step: what a killed run evaluated later comes again."""
+    """The lines of evaluations.csv up to a step: later ones are dropped, and made again."""
     if not path.exists():
         return ["global_step,num_updates,return_mean,return_std,wall_time_s"]
     header, *lines = path.read_text().splitlines()
@@ -1075,7 +1075,7 @@ if __name__ == "__main__":
     write_file(run_folder / "config.json", json.dumps(config, indent=2).encode())
     write_file(run_folder / "evaluations.csv", "\n".join([*evaluations, ""]).encode())
     for path in run_folder.glob("checkpoint_[0-9]*.pt"):
-        if int(path.stem.split("_")[1]) > start_step:  # of a branch that is left here
+        if int(path.stem.split("_")[1]) > start_step:  # after the one resumed from: they are made anew
             path.unlink()
     writer = SummaryWriter(run_folder, purge_step=start_step + 1)  # drops what a killed run logged later
     atexit.register(writer.close)  # an error that ends the run leaves its curves
@@ -1131,7 +1131,7 @@ if __name__ == "__main__":
         if on_gpu:
             actions_sent = torch.cuda.current_stream().record_event()
 
-        # ALGO LOGIC: training. A GPU does it while the environments step, on all transitions before
+        # ALGO LOGIC: training. A GPU does it while the environments step, without this step's transitions
         learning = num_added >= max(args.learning_starts, 1)
         if learning:
             for _ in range(args.updates_per_step):

@@ -16,7 +16,7 @@ The policy turns noise into an action with ONE network evaluation. The field it 
     actor     ||u(a_t, r, t, s) - stopgrad(u_tgt)||^2, a_t = mu a_0 + sigma eps, (s, a_0) from the replay buffer
 
 Conventions: t = 1 is noise, t = 0 is the action, 0 <= r <= t <= 1. Inside the learner actions live in [-1, 1]^A.
-With the default beta a_1 = 0.76 a_0 + 0.65 eps, but acting starts from pure noise, as in the paper: see docs/som.md.
+With beta_min and beta_max as here, a_1 = 0.76 a_0 + 0.65 eps; acting starts from pure noise, as in the paper.
 alpha is an INVERSE temperature: p_0(a|s) is proportional to exp(alpha Q(s, a)), Q in units of its std over actions.
 lambda scales the exploration noise up and alpha down; it follows a schedule, or is 1.
 Shapes: B states, N actions in each of them, A coordinates: (B, N, A). Twins come first: (2, B, N).
@@ -56,7 +56,7 @@ from tensorboard.summary.writer import event_file_writer
 from tqdm import tqdm
 
 CHECKPOINT_FORMAT = "som_continuous_action_jax.py, checkpoints of version 4"
-MATMUL_PRECISIONS = {"high": "default", "highest": "highest"}  # JAX's own default is TF32 on a GPU
+MATMUL_PRECISIONS = {"high": "default", "highest": "highest"}  # in JAX "default" is TF32 on a GPU
 Batch = namedtuple("Batch", "obs next_obs actions rewards terminated")
 # what an agent is; networks are lists of layers, a layer is (weights, biases)
 State = namedtuple("State", "actor acting_actor critic target_critic mean_std log_lambda optimizers key")
@@ -83,7 +83,7 @@ class Args:
     # Algorithm specific arguments
     env_id: str = "Walker2d-v4"  # Gymnasium id; flat observations, bounded continuous actions
     total_timesteps: int = 5_000_000  # environment steps, over all environments
-    num_envs: int = 5  # environments stepped together
+    num_envs: int = 5  # environments stepped together (E)
     learning_starts: int = 100_000  # environment steps with random actions, before learning
     buffer_size: int = 1_000_000  # transitions in the replay buffer
     batch_size: int = 256  # transitions in an update (B)
@@ -91,7 +91,7 @@ class Args:
     policy_frequency: int = 1  # critic updates per policy update  # differs from the paper: 2 there
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # rate of the target critics, which are moved after each policy update
-    policy_tau: float = 0.005  # rate of acting_actor  # differs from the paper: no average
+    policy_tau: float = 0.005  # rate of the actor's moving average, which acts  # differs from the paper: none
     reward_scale: float = 0.2  # factor on the reward
     policy_lr: float = 1e-4  # learning rate of the policy
     q_lr: float = 1e-4  # learning rate of the critics
@@ -109,18 +109,18 @@ class Args:
     best_of_n: int = 32  # candidate actions in acting and bootstrapping (N)
     policy_q: Literal["mean", "min"] = "mean"  # of the twins, in the score and best-of-N
     # in the score Q is divided by its std over the whole batch, or in each state and then averaged
-    q_norm: Literal["batch", "state"] = "state"  # of Q's std  # differs from the paper: batch
+    q_norm: Literal["batch", "state"] = "state"  # over what Q's std is taken  # differs from the paper: batch
     inverse_temperature: float = 5.0  # of the target: alpha = inverse_temperature / lambda
     score_scale: float = 25.0  # norm of the rescaled score of Eq 8 (w)
     beta_min: float = 0.1  # beta(0) of the VP schedule
     beta_max: float = 1.0  # beta(1) of the VP schedule; the paper prints none
     zero_r_ratio: float = 0.5  # share of r = 0, as in acting  # differs from the paper: 0 there
-    noise_scale: float = 0.1  # of the exploration: its std is noise_scale lambda
+    noise_scale: float = 0.1  # of the exploration: its std is noise_scale * lambda
     autotune: bool = True  # move lambda, from initial_lambda on; without, it is 1 throughout
     initial_lambda: float = 5.0  # lambda at the start, if it moves
     alpha_lr: float = 7e-3  # learning rate of log lambda
     alpha_delay: int = 250  # critic updates per update of log lambda
-    target_entropy: float = -0.9  # of the exploration noise, nats per action coordinate
+    target_entropy: float = -0.9  # of the exploration noise, nats per action coordinate: its std ends at 0.098
     eval_frequency: int = 100_000  # environment steps between evaluations; the last is at the end
 
 
@@ -274,7 +274,7 @@ def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q
             std = sigma / mu
         else:
             # N(a_0; 0, I) N(a_t; mu a_0, sigma^2) = N(a_t; 0, I) N(a_0; mu a_t, sigma^2), as
-            # mu^2 + sigma^2 = 1: p_t(a_t) ~ N(a_t; 0, I) E exp(alpha Q(a_0)), a_0 ~ N(mu a_t, sigma^2)
+            # mu^2 + sigma^2 = 1. So p_t(a_t) is N(a_t; 0, I) E exp(alpha Q(a_0)) for a_0 of N(mu a_t, sigma^2)
             center = mu * a_t
             std = sigma
         a_0 = center[:, None] + std[:, None] * eps  # (B, K, A)
@@ -299,7 +299,7 @@ def truncated_normal(eps, mean, std, half_width=1.0):
     lower = jnp.minimum(sign * low, sign * high)
     upper = jnp.maximum(sign * low, sign * high)
     mass = ndtr(upper) - ndtr(lower)
-    # ndtr(sign * eps) is uniform for either sign; this one lets a_0 rise with eps
+    # ndtr(eps) would be uniform too; eps mirrored with the box lets a_0 rise with it
     cdf = ndtr(lower) + ndtr(sign * eps) * mass  # (B, K, A)
     z = jax.scipy.special.ndtri(jnp.clip(cdf, 1e-37, 1 - 1e-7))
     z = sign * z
@@ -311,9 +311,9 @@ def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_
     """As estimate_score, for p_0 ~ exp(alpha Q) inside the box and 0 outside (beyond the paper).
 
     By Tweedie's formula the score is (mu m - a_t) / sigma^2, where m is the mean of a_0 given a_t.
-    With cosine_schedule v = -pi/2 (m - mu a_t) / sigma: m is in the box, so alpha does not blow it up.
-    m blends two estimates: the weighted mean of the samples, which sees distant modes, and, close to
-    t = 0, where an error is divided by sigma, their plain mean moved up Q.
+    With cosine_schedule v = -pi/2 (m - mu a_t) / sigma: m is in the box, so no alpha blows it up.
+    m blends two estimates: the weighted mean of the samples, which sees distant modes, and, close
+    to t = 0, where an error is divided by sigma, their plain mean plus their variance times the slope.
     """
     a_0 = truncated_normal(eps, a_t / mu, sigma / mu, half_width)  # (B, K, A)
 
@@ -322,10 +322,10 @@ def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_
         logits = alpha * q / q_scale(q, q_norm)
         return jax.nn.logsumexp(logits, axis=1).sum(), logits
 
-    gradients, logits = jax.grad(log_sum_exp, has_aux=True)(a_0)  # (B, K, A), weight times slope
+    gradients, logits = jax.grad(log_sum_exp, has_aux=True)(a_0)  # (B, K, A), weight times the logits' slope
     weights = jax.nn.softmax(logits, axis=1)[..., None]  # (B, K, 1)
     weighted_mean = (weights * a_0).sum(axis=1)  # (B, A)
-    # where Q is linear the posterior is the truncated normal, moved by its variance times the slope
+    # where Q is linear, and to first order, the posterior's mean is the truncated normal's so moved
     slope = gradients.sum(axis=1)
     moved_mean = a_0.mean(axis=1) + a_0.var(axis=1, ddof=1) * slope
     moved_mean = jnp.clip(moved_mean, -half_width, half_width)
@@ -339,7 +339,7 @@ def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_
 def climb(log_density, a, rate, num_steps, half_width=1.0):
     """Actions (B, K, A) moved up log_density, (B, K, A) -> (B, K), inside the box (beyond the paper).
 
-    A step is rate (B, 1) times the gradient, but no longer than a limit, RMS over the coordinates,
+    A step is rate (B, 1) times the gradient. Its RMS over the coordinates stays below a limit,
     which falls linearly from half_width / 2 to half_width / (2 num_steps).
     """
 
@@ -363,7 +363,7 @@ def estimate_peak_score(q_fn, obs, a_t, mu, sigma, eps, alpha, num_steps, q_norm
     """As estimate_box_score, for an alpha so large that few of K samples count (beyond the paper).
 
     The posterior of a_0 given a_t, exp(alpha Q(a_0)) N(a_t; mu a_0, sigma^2), is narrow then around
-    its peaks. Each sample climbs one. m is the mean of where they end, with their heights as weights.
+    its peaks. Each sample climbs one. m is the mean of where they end, weighted by their heights.
     """
     variance = jnp.maximum(sigma, 1e-3) ** 2
     a_0 = truncated_normal(eps, a_t / mu, sigma / mu, half_width)  # (B, K, A)
@@ -383,7 +383,7 @@ def estimate_peak_score(q_fn, obs, a_t, mu, sigma, eps, alpha, num_steps, q_norm
 
 
 def lattice_noise(points, shift):
-    """Standard normal eps (B, K, A): points (K, A) of the unit cube, shifted modulo 1 (B, 1, A).
+    """Standard normal eps (B, K, A): points (K, A) of the unit cube plus shift (B, 1, A), modulo 1.
 
     With a uniform shift every sample is normal, and the K samples of a state lie evenly.
     """
@@ -454,7 +454,7 @@ def distributional_critic_loss(q_dist, target_q_dist, batch, next_actions, z, me
     """Loss of the twins' means and stds as in DACER (Section 4.4); also the next mean_std, and info.
 
     q_dist, target_q_dist: (B, O), (B, 1, A) -> mean, std of the return, (2, B, 1). z: (B,) normal.
-    mean_std: (2, 1) moving average of the predicted std, NaN before the first update. eps: DACER's.
+    mean_std: (2, 1) moving average of the predicted std, NaN before the first update. eps: DACER's, for small stds.
     """
     target_mean, target_std = target_q_dist(batch.next_obs, next_actions[:, None])
     index = target_mean.argmin(axis=0, keepdims=True)  # (1, B, 1), of the twin with the smaller mean
@@ -507,8 +507,8 @@ def actor_loss(u_fn, q_fn, batch, uniform, eps, mc_eps, alpha, args):
         score, logits = estimate_box_score(*inputs, args.q_norm)
     else:
         score, logits = estimate_score(*inputs, args.reference, args.q_norm)
-    # not for "prior" and "box": near t = 1 the cosine schedule's f a_t is large, and only the score
-    # as it is cancels it
+    # Eq 8 is for "uniform" only: near t = 1 the cosine schedule's f a_t is large, and only the
+    # unscaled score cancels it
     score_scale = args.score_scale if args.reference == "uniform" else None
     v = pf_ode_velocity(a_t, score, f, g2, score_scale)
     flow = [x[:, None] for x in (a_t, r, t, v)]  # N = 1 action in each state
@@ -553,7 +553,7 @@ def init(key, args, obs_dim, act_dim):
 
 
 def make_optimizers(args):
-    """Adam for the trained parts of State. Flat ones have few arrays: a compiled call starts sooner."""
+    """Adam for the trained parts of State. Flat: with few arrays a compiled call starts sooner."""
     return {
         "actor": optax.flatten(optax.adam(args.policy_lr)),
         "critic": optax.flatten(optax.adam(args.q_lr)),
@@ -644,7 +644,7 @@ def update_actor(state, batch, key, args):
 
 
 def update_lambda(state, args):
-    """Move the noise's std, noise_scale lambda, to that of target_entropy. No data: a schedule."""
+    """Move lambda to where the noise, std noise_scale * lambda, has target_entropy: a schedule."""
     std = args.noise_scale * jnp.exp(state.log_lambda)
     entropy = 0.5 * math.log(2 * math.pi * math.e) + jnp.log(std)
 
@@ -668,7 +668,7 @@ class ReplayBuffer:
     """Transitions, a row each, on the host and, for --resume, in a file; to_device() begins a ring.
 
     Time limits are not `terminated`: they bootstrap. Only the last buffer_size rows are sampled. As
-    many as 2 checkpoint_frequency older ones stay, so that after a kill at any moment either of
+    many as 2 * checkpoint_frequency older ones stay, so that after a kill at any moment either of
     the two kept checkpoints finds all of its rows. The rows of a step are those of the first seed's
     environments, then of the second's, and so on.
     """
@@ -701,10 +701,10 @@ class ReplayBuffer:
         return self.on_host[start : start + self.num_seeds * self.num_envs]
 
     def to_device(self, num_added):
-        """The ring of every seed, one step back: add() comes before every step.
+        """The ring of every seed, without the last step, which the first add() writes again.
 
-        The first time it brings the last step of a resumed run or, in a new one, zeros: they go to
-        the last slots, and num_filled becomes 0.
+        In a new run num_filled begins below 0, and the first add(), of zeros to the last slots,
+        makes it 0.
         """
         steps = self.on_host.reshape(-1, self.num_seeds, self.num_envs, self.row_width)
         rows = steps.swapaxes(0, 1).reshape(self.num_seeds, -1, self.row_width)
@@ -770,7 +770,7 @@ def make_policy(acting, args, box, seed):
 def load_policy(run_folder, device="cpu", **changes):
     """The newest policy of a run: observations (O,) or (B, O) -> actions, in the environment's units.
 
-    Of several seeds it is the one whose folder this is.
+    Of several seeds it is the policy of the one that run_folder belongs to.
     changes: of the run's arguments, such as best_of_n=64. Raises ValueError if the newest checkpoint
     cannot be used. Nothing in the file is executed.
     """
@@ -1079,7 +1079,7 @@ def folders_of(run_folder, names):
 
 
 def evaluations_until(path, global_step):
-    """The lines of evaluations.csv up to a step: what a killed run evaluated later comes again."""
+    """The lines of evaluations.csv up to a step: later ones are dropped, and made again."""
     if not path.exists():
         return ["global_step,num_updates,return_mean,return_std,wall_time_s"]
     header, *lines = path.read_text().splitlines()
@@ -1200,7 +1200,7 @@ if __name__ == "__main__":
         write_file(folder / "config.json", json.dumps(config | {"seed": seed}, indent=2).encode())
         write_file(folder / "evaluations.csv", "\n".join([*lines, ""]).encode())
     for path in run_folder.glob("checkpoint_[0-9]*.npz"):
-        if int(path.stem.split("_")[1]) > start_step:  # of a branch that is left here
+        if int(path.stem.split("_")[1]) > start_step:  # after the one resumed from: they are made anew
             path.unlink()
     writers = [SummaryWriter(folder, purge_step=start_step + 1) for folder in run_folders]
     for writer in writers:
@@ -1255,7 +1255,7 @@ if __name__ == "__main__":
         ring, act_keys, actions = add_and_act_all(ring, act_keys, acting_part(state), inbox_by_seed)
         actions.copy_to_host_async()
 
-        # ALGO LOGIC: training. A GPU does it while the environments step, on the transitions before
+        # ALGO LOGIC: training. A GPU does it while the environments step, without this step's transitions
         learning = num_added >= max(args.learning_starts, 1)
         if learning:
             for _ in range(args.updates_per_step):

@@ -72,7 +72,7 @@ class Args:
     # Algorithm specific arguments
     env_id: str = "Walker2d-v4"  # Gymnasium id; flat observations, bounded continuous actions
     total_timesteps: int = 5_000_000  # environment steps, over all environments
-    num_envs: int = 5  # environments stepped together
+    num_envs: int = 5  # environments stepped together (E)
     learning_starts: int = 30_000  # environment steps with random actions, before learning
     buffer_size: int = 1_000_000  # transitions in the replay buffer
     batch_size: int = 256  # transitions in an update (B)
@@ -253,7 +253,7 @@ def distributional_critic_loss(q_dist, target_q_dist, batch, next_actions, z, me
     """Loss of the twins' means and stds as in DACER (Section 4.4); also the next mean_std, and info.
 
     q_dist, target_q_dist: (B, O), (B, 1, A) -> mean, std of the return, (2, B, 1). z: (B,) normal.
-    mean_std: (2, 1) moving average of the predicted std, NaN before the first update. eps: DACER's.
+    mean_std: (2, 1) moving average of the predicted std, NaN before the first update. eps: DACER's, for small stds.
     """
     with torch.no_grad():
         target_mean, target_std = target_q_dist(batch.next_obs, next_actions.unsqueeze(1))
@@ -491,7 +491,7 @@ class ReplayBuffer:
     """Transitions, a row each, on the training device and, for --resume, in a file.
 
     Time limits are not `terminated`: they bootstrap. Only the last buffer_size rows are sampled. As
-    many as 2 checkpoint_frequency older ones stay, so that after a kill at any moment either of
+    many as 2 * checkpoint_frequency older ones stay, so that after a kill at any moment either of
     the two kept checkpoints finds all of its rows. The counter is on the device as well: adding
     and sampling never wait for the host.
     """
@@ -813,7 +813,7 @@ def resumed_args(checkpoint):
 
 
 def evaluations_until(path, global_step):
-    """The lines of evaluations.csv up to a step: what a killed run evaluated later comes again."""
+    """The lines of evaluations.csv up to a step: later ones are dropped, and made again."""
     if not path.exists():
         return ["global_step,num_updates,return_mean,return_std,wall_time_s"]
     header, *lines = path.read_text().splitlines()
@@ -931,7 +931,7 @@ if __name__ == "__main__":
     write_file(run_folder / "config.json", json.dumps(config, indent=2).encode())
     write_file(run_folder / "evaluations.csv", "\n".join([*evaluations, ""]).encode())
     for path in run_folder.glob("checkpoint_[0-9]*.pt"):
-        if int(path.stem.split("_")[1]) > start_step:  # of a branch that is left here
+        if int(path.stem.split("_")[1]) > start_step:  # after the one resumed from: they are made anew
             path.unlink()
     writer = SummaryWriter(run_folder, purge_step=start_step + 1)  # drops what a killed run logged later
     atexit.register(writer.close)  # an error that ends the run leaves its curves
@@ -987,7 +987,7 @@ if __name__ == "__main__":
         if on_gpu:
             actions_sent = torch.cuda.current_stream().record_event()
 
-        # ALGO LOGIC: training. A GPU does it while the environments step, on all transitions before
+        # ALGO LOGIC: training. A GPU does it while the environments step, without this step's transitions
         learning = num_added >= max(args.learning_starts, 1)
         if learning:
             for _ in range(args.updates_per_step):

@@ -90,7 +90,7 @@ class Args:
     # Algorithm specific arguments. The defaults are SDAC's, PRESETS has those of the other methods
     env_id: str = "Walker2d-v4"  # Gymnasium id; flat observations, bounded continuous actions
     total_timesteps: int = 5_000_000  # environment steps, over all environments
-    num_envs: int = 5  # environments stepped together
+    num_envs: int = 5  # environments stepped together (E)
     learning_starts: int = 30_000  # environment steps with random actions, before learning
     buffer_size: int = 1_000_000  # transitions in the replay buffer
     batch_size: int = 256  # transitions in an update (B)
@@ -116,7 +116,7 @@ class Args:
     initial_lambda: float = 5.0  # lambda at the start, if it moves
     alpha_lr: float = 7e-3  # learning rate of log lambda
     alpha_delay: int = 250  # critic updates per update of log lambda
-    target_entropy: float = -0.9  # of the exploration noise, nats per action coordinate
+    target_entropy: float = -0.9  # of the exploration noise, nats per action coordinate: its std ends at 0.098
     num_samples: int = 64  # SDAC: noises in the weighted mean; QVPO: own actions to choose from (K)
     inverse_temperature: float = 5.0  # SDAC: alpha = inverse_temperature / lambda
     proposals: Literal["truncated", "clipped"] = "truncated"  # SDAC  # differs from the released code: clipped
@@ -623,7 +623,7 @@ class Agent(nn.Module):
         return info | loss_info
 
     def update_lambda(self):
-        """Move the noise's std, noise_scale lambda, to that of target_entropy. No data: a schedule."""
+        """Move lambda to where the noise, std noise_scale * lambda, has target_entropy: a schedule."""
         std = self.args.noise_scale * self.log_lambda.detach().exp()
         entropy = 0.5 * math.log(2 * math.pi * math.e) + std.log()
         self.descend("lambda", self.log_lambda * (entropy - self.args.target_entropy))
@@ -643,7 +643,7 @@ class ReplayBuffer:
     """Transitions, a row each, on the training device and, for --resume, in a file.
 
     Time limits are not `terminated`: they bootstrap. Only the last buffer_size rows are sampled. As
-    many as 2 checkpoint_frequency older ones stay, so that after a kill at any moment either of
+    many as 2 * checkpoint_frequency older ones stay, so that after a kill at any moment either of
     the two kept checkpoints finds all of its rows. The counter is on the device as well: adding
     and sampling never wait for the host.
 
@@ -997,7 +997,7 @@ def resumed_args(checkpoint):
 
 
 def evaluations_until(path, global_step):
-    """The lines of evaluations.csv up to a step: what a killed run evaluated later comes again."""
+    """The lines of evaluations.csv up to a step: later ones are dropped, and made again."""
     if not path.exists():
         return ["global_step,num_updates,return_mean,return_std,wall_time_s"]
     header, *lines = path.read_text().splitlines()
@@ -1115,7 +1115,7 @@ if __name__ == "__main__":
     write_file(run_folder / "config.json", json.dumps(config, indent=2).encode())
     write_file(run_folder / "evaluations.csv", "\n".join([*evaluations, ""]).encode())
     for path in run_folder.glob("checkpoint_[0-9]*.pt"):
-        if int(path.stem.split("_")[1]) > start_step:  # of a branch that is left here
+        if int(path.stem.split("_")[1]) > start_step:  # after the one resumed from: they are made anew
             path.unlink()
     writer = SummaryWriter(run_folder, purge_step=start_step + 1)  # drops what a killed run logged later
     atexit.register(writer.close)  # an error that ends the run leaves its curves
@@ -1172,7 +1172,7 @@ if __name__ == "__main__":
         if on_gpu:
             actions_sent = torch.cuda.current_stream().record_event()
 
-        # ALGO LOGIC: training. A GPU does it while the environments step, on all transitions before
+        # ALGO LOGIC: training. A GPU does it while the environments step, without this step's transitions
         learning = num_added >= max(args.learning_starts, 1)
         if learning:
             agent.progress.fill_(global_step / last_step)
