@@ -14,6 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import tyro
 from PIL import Image
@@ -82,8 +83,6 @@ def write_gif(path, frames, fps):
 
 
 def main(args):
-    import gymnasium as gym
-
     if not (args.runs and args.seconds * args.fps >= 1 and args.size >= 1):
         collect.exit_with_error("--runs needs at least one value; --seconds, --fps and --size at least one frame")
     films = []

@@ -55,8 +55,8 @@ SIZES = {"paper": {}, "small": som.LAPTOP}  # what differs from the script's def
 NUM_ROWS = 10_000  # in the replay buffer
 SB3 = "benchmark/sb3.py"
 # the field of --preset peaks, at any size
-BEST_FORM = ("reference", "climb_steps", "num_mc_samples", "mc_noise", "policy_q")
-BEST_FORM = {name: som.PEAKS[name] for name in BEST_FORM}
+FORM = ("reference", "climb_steps", "num_mc_samples", "mc_noise", "policy_q")
+BEST_FORM = {name: som.PEAKS[name] for name in FORM}
 # --methods: a method's script, and what it is asked for there; the first is what the others are compared with
 METHODS = {
     "SOM": ("som_continuous_action.py", {}),

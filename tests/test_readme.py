@@ -46,6 +46,7 @@ def test_returns_in_the_text_are_those_of_the_table():
         table += returns_on_the_way(ROOT / "benchmark/results" / name)
     sections = (
         ("docs/som.md", "Deviations from the paper", 10),
+        ("README.md", None, 10),
         ("README.md", "Results", 4),
         ("README.md", "Deviations from the paper", 5),
         ("docs/results.md", None, 20),
