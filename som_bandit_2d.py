@@ -76,8 +76,8 @@ class Args:
     num_frequencies: int = 1  # sines and cosines of the times, from 1 to 3 rad; one alone has 1 rad
     policy_tau: float = 0.005  # rate of the moving average of the policy that acts
     noise_scale: float = 0.1  # std of the exploration noise
-    zero_r_ratio: float = 0.5  # share of r = 0 in a batch, as in acting
-    # p_0 ~ reference(a) exp(alpha Q): reference = 1, N(0, I), or 1 inside the box and 0 outside
+    zero_r_ratio: float = 0.5  # share of a batch with r = 0, the r of acting
+    # p_0 ~ reference(a) exp(alpha Q): 1 everywhere, N(0, I), or 1 in [-1, 1]^A and 0 outside
     reference: Literal["uniform", "prior", "box"] = "prior"  # differs from the paper: uniform there
     inverse_temperature: float = 10.0  # alpha
     num_mc_samples: int = 128  # Monte-Carlo samples of the score (K)
@@ -238,7 +238,10 @@ def cosine_schedule(t):
 
 
 def q_scale(q, q_norm):
-    """One number that divides Q (B, K): its std over all ("batch"), or in each state, averaged."""
+    """What divides Q (B, K): one number.
+
+    "batch": its std. "state": its std in each state, averaged. None: 1.
+    """
     if q_norm == "batch":
         return q.std().detach() + 1e-6
     if q_norm == "state":
@@ -304,13 +307,13 @@ def truncated_normal(eps, mean, std, half_width=1.0):
 
     low = ((-half_width - mean) / std).unsqueeze(1)  # (B, 1, A)
     high = ((half_width - mean) / std).unsqueeze(1)
-    # by the inverse CDF. Floats resolve probabilities near 0, not near 1: a box in the upper tail
-    # is mirrored to the lower one, sign = -1, and its samples back
+    # by the inverse CDF. Floats resolve probabilities near 0, not near 1: a box above the mean is
+    # mirrored to below it, sign = -1, and the samples in it are mirrored back
     sign = torch.where(low > 0, -1.0, 1.0)
     lower = torch.minimum(sign * low, sign * high)
     upper = torch.maximum(sign * low, sign * high)
     mass = cdf_of(upper) - cdf_of(lower)
-    # cdf_of(eps) would be uniform too; eps mirrored with the box lets a_0 rise with it
+    # -eps is as normal as eps. Mirrored with the box and back, it lets a_0 always rise with eps
     cdf = cdf_of(lower) + cdf_of(sign * eps) * mass  # (B, K, A)
     z = torch.special.ndtri(cdf.clamp(1e-37, 1 - 1e-7))
     z = sign * z
@@ -322,9 +325,10 @@ def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_
     """As estimate_score, for p_0 ~ exp(alpha Q) inside the box and 0 outside (beyond the paper).
 
     By Tweedie's formula the score is (mu m - a_t) / sigma^2, where m is the mean of a_0 given a_t.
-    With cosine_schedule v = -pi/2 (m - mu a_t) / sigma: m is in the box, so no alpha blows it up.
-    m blends two estimates: the weighted mean of the samples, which sees distant modes, and, close
-    to t = 0, where an error is divided by sigma, their plain mean plus their variance times the slope.
+    With cosine_schedule, beta = pi sigma / mu, the velocity is then -pi/2 (m - mu a_t) / sigma: as
+    m stays in the box, no alpha makes it large. m blends two estimates. Far from t = 0 it is the
+    mean of the samples weighted by exp(alpha Q), which sees distant modes. Near t = 0, where the
+    velocity has m's error divided by sigma, it is their plain mean, moved along the slope of alpha Q.
     """
     a_0 = truncated_normal(eps, a_t / mu, sigma / mu, half_width)  # (B, K, A)
 
@@ -334,14 +338,15 @@ def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_
         return torch.logsumexp(logits, dim=1).sum(), logits
 
     with torch.no_grad():
-        gradients, logits = torch.func.grad(log_sum_exp, has_aux=True)(a_0)  # (B, K, A), weight times the logits' slope
+        # the gradient by a_0[k] is its weight times its logit's slope: their sum is the mean slope
+        gradients, logits = torch.func.grad(log_sum_exp, has_aux=True)(a_0)  # (B, K, A)
     weights = logits.softmax(dim=1).unsqueeze(-1)  # (B, K, 1)
     weighted_mean = (weights * a_0).sum(dim=1)  # (B, A)
-    # where Q is linear, and to first order, the posterior's mean is the truncated normal's so moved
+    # exp(slope a) moves the mean of a distribution by its variance times slope, to first order
     slope = gradients.sum(dim=1)
     moved_mean = a_0.mean(dim=1) + a_0.var(dim=1) * slope
     moved_mean = moved_mean.clamp(-half_width, half_width)
-    # one half where the variance of the samples, sigma^2 / mu^2, is local_variance
+    # one half where the samples' variance, without the box sigma^2 / mu^2, is local_variance
     share = sigma**2 / (sigma**2 + local_variance * mu**2)
     m = share * weighted_mean + (1 - share) * moved_mean
     return (mu * m - a_t) / sigma.clamp(min=1e-3) ** 2, logits
@@ -373,7 +378,10 @@ def sample_r_t(uniform, zero_r_ratio=0.0):
 
 
 def meanflow_loss(u_fn, a_t, r, t, v):
-    """Squared error (B, N) of u_fn against stopgrad(v - (t - r) du/dt) (Eq 7), and du/dt (B, N, A)."""
+    """Squared error (B, N) of u_fn(a_t, r, t) against stopgrad(v - (t - r) du/dt) (Eq 7).
+
+    Also du/dt (B, N, A), the derivative of u along the flow.
+    """
     tangents = (v, torch.zeros_like(r), torch.ones_like(t))  # along the flow, da_t/dt = v
     u, dudt = torch.func.jvp(u_fn, (a_t, r, t), tangents)
     u_tgt = (v - (t - r) * dudt).detach()
@@ -397,7 +405,10 @@ def mfp_loss(u_fn, a_t, r, t, v, tangent="marginal"):
 
 
 def best_of_n(u_fn, q_fn, obs, noise):
-    """Of the actions noise - u(noise, 0, 1, s) (B, N, A) the best by Q (B, A), and all (Algorithm 1)."""
+    """The candidate with the largest Q, (B, A), and all of them, (B, N, A) (Algorithm 1).
+
+    Candidates are noise - u_fn(obs, noise, 0, 1), of noise (B, N, A).
+    """
     r = torch.zeros_like(noise[..., :1])  # (B, N, 1)
     t = torch.ones_like(r)
     candidates = (noise - u_fn(obs, noise, r, t)).clamp(-1, 1)
@@ -437,7 +448,7 @@ class Agent:
 
     @torch.no_grad()
     def act(self, noise):
-        """Of the one-step actions of noise (B, N, 2) the best by Q (B, 2)."""
+        """Of the one-step actions of noise (B, N, 2) the best by Q, (B, 2)."""
 
         def u_fn(obs, a, r, t):  # best_of_n clips to [-1, 1]: it gets everything in units of BOX
             return self.acting_actor(obs, BOX * a, r, t) / BOX

@@ -9,16 +9,16 @@ Run it: python som_continuous_action.py --env-id Walker2d-v4 (in minutes on a la
 The policy turns noise into an action with ONE network evaluation. The field it imitates comes from the critic alone:
 
     act       a = argmax_i Q(s, a_i), where a_i = eps_i - u(eps_i, 0, 1, s), i = 1..N              (Algorithm 1)
-    critic    y = reward + gamma (1 - terminated) min Q'(s', a'), a' as in act, Q' target networks (Section 4.4)
+    critic    y = scaled reward + gamma (1 - terminated) min Q'(s', a'), a' as in act, Q' the targets (Section 4.4)
     score     grad log p_t(a_t|s) = grad_{a_t} log sum_k exp(alpha Q(s, (a_t + sigma eps_k) / mu)) (Eq 5)
-    velocity  v = -beta/2 (a_t + w score / ||score||), the probability-flow ODE of the VP path     (Eq 6, 8)
+    velocity  v = -beta/2 (a_t + w score / ||score||), the probability-flow ODE, score at norm w (Eq 6, 8)
     target    u_tgt = v - (t - r) (v d_a u + d_t u), by one Jacobian-vector product                (Eq 7)
     actor     ||u(a_t, r, t, s) - stopgrad(u_tgt)||^2, a_t = mu a_0 + sigma eps, (s, a_0) from the replay buffer
 
 Conventions: t = 1 is noise, t = 0 is the action, 0 <= r <= t <= 1. Inside the learner actions live in [-1, 1]^A.
-With beta_min and beta_max as here, a_1 = 0.76 a_0 + 0.65 eps; acting starts from pure noise, as in the paper.
+The default betas stop short of that: in training a_1 = 0.76 a_0 + 0.65 eps, while acting starts from a_1 = eps.
 alpha is an INVERSE temperature: p_0(a|s) is proportional to exp(alpha Q(s, a)), Q in units of its std over actions.
-lambda scales the exploration noise up and alpha down; it follows a schedule, or is 1.
+lambda scales the exploration noise up and alpha down. No data enter: it falls along a fixed curve, or is 1.
 Shapes: B states, N actions in each of them, A coordinates: (B, N, A). Twins come first: (2, B, N).
 """
 
@@ -59,7 +59,8 @@ Batch = namedtuple("Batch", "obs next_obs actions rewards terminated")
 class Args:
     exp_name: str = "som_continuous_action"  # name of the experiment, a part of the run's folder
     seed: int = 1  # seed of networks, noise, environments and evaluation
-    preset: Literal["laptop", "peaks"] | None = None  # small networks, a short run; other flags override it
+    # small networks; laptop: the method, a short run; peaks: beyond the paper, a long run
+    preset: Literal["laptop", "peaks"] | None = None  # other flags override it
     device: Literal["auto", "cpu", "gpu"] = "auto"  # where to train; auto: on a GPU if there is one
     compile: bool = torch.cuda.is_available()  # compile acting and losses (default: on a GPU)
     matmul_precision: Literal["high", "highest"] = "high"  # of products on a GPU: TF32 or float32
@@ -90,22 +91,22 @@ class Args:
     num_layers: int = 3  # hidden layers of policy and critics
     num_frequencies: int = 8  # sines and cosines of the times, from 1 to 3 rad
     critic_loss: Literal["distributional", "mse"] = "mse"  # differs from the paper: DACER's, distributional
-    # p_0 ~ reference(a) exp(alpha Q): reference = 1, N(0, I), or 1 inside the box and 0 outside
+    # p_0 ~ reference(a) exp(alpha Q): 1 everywhere, N(0, I), or 1 in [-1, 1]^A and 0 outside
     reference: Literal["uniform", "prior", "box"] = "uniform"  # factor of p_0 beside exp(alpha Q)
     sde: Literal["vp", "ve"] = "vp"  # variance preserving (Eq 1), or exploding (Appendix B)
     num_mc_samples: int = 100  # Monte-Carlo samples of the score (K)
     mc_noise: Literal["normal", "lattice"] = "normal"  # independent, or one Sobol set, shifted
     climb_steps: int = 0  # with --reference box: gradient-ascent steps of each sample; 0: none
-    score_dtype: Literal["float32", "bfloat16"] = "float32"  # of hidden layers in the score
+    score_dtype: Literal["float32", "bfloat16"] = "float32"  # of the critics' layers in the score
     best_of_n: int = 32  # candidate actions in acting and bootstrapping (N)
     policy_q: Literal["mean", "min"] = "mean"  # of the twins, in the score and best-of-N
-    # in the score Q is divided by its std over the whole batch, or in each state and then averaged
-    q_norm: Literal["batch", "state"] = "state"  # over what Q's std is taken  # differs from the paper: batch
+    # in the score one number divides Q: its std in the batch, or in a state, averaged over states
+    q_norm: Literal["batch", "state"] = "state"  # where Q's std is taken  # differs from the paper: batch
     inverse_temperature: float = 5.0  # of the target: alpha = inverse_temperature / lambda
     score_scale: float = 25.0  # norm of the rescaled score of Eq 8 (w)
-    beta_min: float = 0.1  # beta(0) of the VP schedule
+    beta_min: float = 0.1  # beta(0) of the VP schedule, of --reference uniform
     beta_max: float = 1.0  # beta(1) of the VP schedule; the paper prints none
-    zero_r_ratio: float = 0.5  # share of r = 0, as in acting  # differs from the paper: 0 there
+    zero_r_ratio: float = 0.5  # share of a batch with r = 0, the r of acting  # differs from the paper: 0.0
     noise_scale: float = 0.1  # of the exploration: its std is noise_scale * lambda
     autotune: bool = True  # move lambda, from initial_lambda on; without, it is 1 throughout
     initial_lambda: float = 5.0  # lambda at the start, if it moves
@@ -239,7 +240,10 @@ def ve_schedule(t, sigma_min=0.01, sigma_max=1.0):
 
 
 def q_scale(q, q_norm):
-    """One number that divides Q (B, K): its std over all ("batch"), or in each state, averaged."""
+    """What divides Q (B, K): one number.
+
+    "batch": its std. "state": its std in each state, averaged. None: 1.
+    """
     if q_norm == "batch":
         return q.std().detach() + 1e-6
     if q_norm == "state":
@@ -285,13 +289,13 @@ def truncated_normal(eps, mean, std, half_width=1.0):
 
     low = ((-half_width - mean) / std).unsqueeze(1)  # (B, 1, A)
     high = ((half_width - mean) / std).unsqueeze(1)
-    # by the inverse CDF. Floats resolve probabilities near 0, not near 1: a box in the upper tail
-    # is mirrored to the lower one, sign = -1, and its samples back
+    # by the inverse CDF. Floats resolve probabilities near 0, not near 1: a box above the mean is
+    # mirrored to below it, sign = -1, and the samples in it are mirrored back
     sign = torch.where(low > 0, -1.0, 1.0)
     lower = torch.minimum(sign * low, sign * high)
     upper = torch.maximum(sign * low, sign * high)
     mass = cdf_of(upper) - cdf_of(lower)
-    # cdf_of(eps) would be uniform too; eps mirrored with the box lets a_0 rise with it
+    # -eps is as normal as eps. Mirrored with the box and back, it lets a_0 always rise with eps
     cdf = cdf_of(lower) + cdf_of(sign * eps) * mass  # (B, K, A)
     z = torch.special.ndtri(cdf.clamp(1e-37, 1 - 1e-7))
     z = sign * z
@@ -303,9 +307,10 @@ def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_
     """As estimate_score, for p_0 ~ exp(alpha Q) inside the box and 0 outside (beyond the paper).
 
     By Tweedie's formula the score is (mu m - a_t) / sigma^2, where m is the mean of a_0 given a_t.
-    With cosine_schedule v = -pi/2 (m - mu a_t) / sigma: m is in the box, so no alpha blows it up.
-    m blends two estimates: the weighted mean of the samples, which sees distant modes, and, close
-    to t = 0, where an error is divided by sigma, their plain mean plus their variance times the slope.
+    With cosine_schedule, beta = pi sigma / mu, the velocity is then -pi/2 (m - mu a_t) / sigma: as
+    m stays in the box, no alpha makes it large. m blends two estimates. Far from t = 0 it is the
+    mean of the samples weighted by exp(alpha Q), which sees distant modes. Near t = 0, where the
+    velocity has m's error divided by sigma, it is their plain mean, moved along the slope of alpha Q.
     """
     a_0 = truncated_normal(eps, a_t / mu, sigma / mu, half_width)  # (B, K, A)
 
@@ -315,14 +320,15 @@ def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_
         return torch.logsumexp(logits, dim=1).sum(), logits
 
     with torch.no_grad():
-        gradients, logits = torch.func.grad(log_sum_exp, has_aux=True)(a_0)  # (B, K, A), weight times the logits' slope
+        # the gradient by a_0[k] is its weight times its logit's slope: their sum is the mean slope
+        gradients, logits = torch.func.grad(log_sum_exp, has_aux=True)(a_0)  # (B, K, A)
     weights = logits.softmax(dim=1).unsqueeze(-1)  # (B, K, 1)
     weighted_mean = (weights * a_0).sum(dim=1)  # (B, A)
-    # where Q is linear, and to first order, the posterior's mean is the truncated normal's so moved
+    # exp(slope a) moves the mean of a distribution by its variance times slope, to first order
     slope = gradients.sum(dim=1)
     moved_mean = a_0.mean(dim=1) + a_0.var(dim=1) * slope
     moved_mean = moved_mean.clamp(-half_width, half_width)
-    # one half where the variance of the samples, sigma^2 / mu^2, is local_variance
+    # one half where the samples' variance, without the box sigma^2 / mu^2, is local_variance
     share = sigma**2 / (sigma**2 + local_variance * mu**2)
     m = share * weighted_mean + (1 - share) * moved_mean
     return (mu * m - a_t) / sigma.clamp(min=1e-3) ** 2, logits
@@ -402,7 +408,10 @@ def sample_r_t(uniform, zero_r_ratio=0.0):
 
 
 def meanflow_loss(u_fn, a_t, r, t, v):
-    """Squared error (B, N) of u_fn against stopgrad(v - (t - r) du/dt) (Eq 7), and du/dt (B, N, A)."""
+    """Squared error (B, N) of u_fn(a_t, r, t) against stopgrad(v - (t - r) du/dt) (Eq 7).
+
+    Also du/dt (B, N, A), the derivative of u along the flow.
+    """
     tangents = (v, torch.zeros_like(r), torch.ones_like(t))  # along the flow, da_t/dt = v
     u, dudt = torch.func.jvp(u_fn, (a_t, r, t), tangents)
     u_tgt = (v - (t - r) * dudt).detach()
@@ -410,7 +419,10 @@ def meanflow_loss(u_fn, a_t, r, t, v):
 
 
 def best_of_n(u_fn, q_fn, obs, noise):
-    """Of the actions noise - u(noise, 0, 1, s) (B, N, A) the best by Q (B, A), and all (Algorithm 1)."""
+    """The candidate with the largest Q, (B, A), and all of them, (B, N, A) (Algorithm 1).
+
+    Candidates are noise - u_fn(obs, noise, 0, 1), of noise (B, N, A).
+    """
     r = torch.zeros_like(noise[..., :1])  # (B, N, 1)
     t = torch.ones_like(r)
     candidates = (noise - u_fn(obs, noise, r, t)).clamp(-1, 1)
@@ -456,8 +468,8 @@ def distributional_critic_loss(q_dist, target_q_dist, batch, next_actions, z, me
     std = std.squeeze(-1)
     batch_std = std.detach().mean(dim=1, keepdim=True)
     mean_std = torch.where(mean_std.isnan(), batch_std, mean_std.lerp(batch_std, args.tau))
-    # the loss's value has no meaning. Its gradients are those of a Gaussian's negative
-    # log-likelihood, of y for the mean and of y_sample for the std, times mean_std^2 + eps
+    # the loss's value has no meaning. Its gradients, but for the factor mean_std^2 + eps: by the
+    # mean that of -log N(y; mean, std^2), by the std that of -log N(y_sample; mean, std^2)
     spread = (y_sample - mean).clamp(-3 * mean_std, 3 * mean_std).square()
     mean_pull = (y - mean) / (std.square() + eps)
     std_pull = (spread - std.square()) / (std.pow(3) + eps)
@@ -479,8 +491,8 @@ def actor_loss(u_fn, q_fn, batch, uniform, eps, mc_eps, alpha, args):
     uniform: (B, 2) in [0, 1]. eps: (B, A) and mc_eps: (B, K, A) standard normal.
     """
     r, t = sample_r_t(uniform, args.zero_r_ratio)
-    if args.reference != "uniform":  # with mu(1) = 0: a_1 is the noise from which acting starts
-        mu, sigma, f, g2 = cosine_schedule(t)
+    if args.reference != "uniform":
+        mu, sigma, f, g2 = cosine_schedule(t)  # mu(1) = 0: a_1 is noise, from which acting starts
     elif args.sde == "vp":
         mu, sigma, f, g2 = vp_schedule(t, args.beta_min, args.beta_max)
     else:
@@ -488,11 +500,11 @@ def actor_loss(u_fn, q_fn, batch, uniform, eps, mc_eps, alpha, args):
     a_t = mu * batch.actions + sigma * eps
     inputs = (q_fn, batch.obs, a_t, mu, sigma, mc_eps, alpha)
     if args.reference == "box" and args.climb_steps > 0:
-        score, logits = estimate_peak_score(*inputs, args.climb_steps, args.q_norm)
+        score, logits = estimate_peak_score(*inputs, num_steps=args.climb_steps, q_norm=args.q_norm)
     elif args.reference == "box":
-        score, logits = estimate_box_score(*inputs, args.q_norm)
+        score, logits = estimate_box_score(*inputs, q_norm=args.q_norm)
     else:
-        score, logits = estimate_score(*inputs, args.reference, args.q_norm)
+        score, logits = estimate_score(*inputs, reference=args.reference, q_norm=args.q_norm)
     # Eq 8 is for "uniform" only: near t = 1 the cosine schedule's f a_t is large, and only the
     # unscaled score cancels it
     score_scale = args.score_scale if args.reference == "uniform" else None
@@ -502,14 +514,14 @@ def actor_loss(u_fn, q_fn, batch, uniform, eps, mc_eps, alpha, args):
     loss = errors.mean()
     with torch.no_grad():
         weights = logits.softmax(dim=1)  # (B, K)
-        bootstrap = (t - r).unsqueeze(1) * dudt
+        correction = (t - r).unsqueeze(1) * dudt
         v_norm = v.norm(dim=-1).mean()
         info = {
             "losses/actor_loss": loss.detach(),
             "score/norm": score.norm(dim=-1).mean(),
             "score/effective_sample_size": (1 / weights.square().sum(dim=1)).mean(),
             "velocity/norm": v_norm,
-            "velocity/dudt_ratio": bootstrap.norm(dim=-1).mean() / v_norm,
+            "velocity/dudt_ratio": correction.norm(dim=-1).mean() / v_norm,
         }
         for i in range(4):
             in_bin = ((4 * t).floor() == i).float()  # (B, 1)
@@ -558,7 +570,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, obs, explore=False, generator=None):
-        """Best-of-N actions (B, A) in states (B, O), with exploration noise or not; all candidates."""
+        """Best-of-N actions (B, A) in states (B, O), noisy if explore; and all candidates (B, N, A)."""
         shape = (len(obs), self.args.best_of_n, self.act_dim)
         noise = torch.randn(shape, device=self.device, generator=generator)
         a, candidates = self.best_of_n(self.acting_actor, self.q_fn, obs, noise)
@@ -609,7 +621,7 @@ class Agent(nn.Module):
         return info
 
     def update_lambda(self):
-        """Move lambda to where the noise, std noise_scale * lambda, has target_entropy: a schedule."""
+        """Move lambda to where noise of std noise_scale * lambda has target_entropy: no data enter."""
         std = self.args.noise_scale * self.log_lambda.detach().exp()
         entropy = 0.5 * math.log(2 * math.pi * math.e) + std.log()
         self.descend("lambda", self.log_lambda * (entropy - self.args.target_entropy))
@@ -628,10 +640,10 @@ def soft_update(target, source, tau):
 class ReplayBuffer:
     """Transitions, a row each, on the training device and, for --resume, in a file.
 
-    Time limits are not `terminated`: they bootstrap. Only the last buffer_size rows are sampled. As
-    many as 2 * checkpoint_frequency older ones stay, so that after a kill at any moment either of
-    the two kept checkpoints finds all of its rows. The counter is on the device as well: adding
-    and sampling never wait for the host.
+    Time limits are not `terminated`: they bootstrap. Only the last buffer_size rows are sampled.
+    A checkpoint holds their number, not the rows. The run goes on writing, so that
+    2 * checkpoint_frequency older rows stay: those that the two kept checkpoints may need. The
+    counter is on the device as well: adding and sampling never wait for the host.
     """
 
     def __init__(self, args, obs_dim, act_dim, device, file, num_added):
@@ -640,21 +652,21 @@ class ReplayBuffer:
         # every column begins at a multiple of 16 bytes, so that compiled kernels read it in place
         self.padded_widths = [4 * math.ceil(width / 4) for width in self.widths]
         self.row_width = sum(self.padded_widths)
-        # a run shorter than the buffer has total_timesteps rows. They never wrap around, and so
-        # keep their slots when --resume with more steps enlarges the buffer
+        # a shorter run takes total_timesteps rows. They never wrap around, and so keep their slots
+        # when --resume with more steps takes more rows
         num_rows = min(args.buffer_size + 2 * args.checkpoint_frequency, args.total_timesteps)
-        num_steps = math.ceil(num_rows / args.num_envs) + 2  # checkpoints can be a step late
+        num_steps = math.ceil(num_rows / args.num_envs) + 2  # checkpoints can be late; one spare
         num_rows = num_steps * args.num_envs
         if file is None:
             self.on_host = np.zeros((num_rows, self.row_width), np.float32)
         else:
             self.on_host = map_file(file, (num_rows, self.row_width), num_added)
         self.rows = torch.from_numpy(self.on_host).to(device)  # on the CPU the same memory
-        # what add() has stored. The rows of a step come with the next observations, so this begins
-        # one step back: the first add() repeats the last step or, in a new run, writes zeros into the
-        # last slots, which are not sampled
+        # what add() has stored. An iteration begins by adding the previous step (see add_and_act),
+        # so this begins one step back. A resumed run stores its last step once more. A new one has
+        # none: it stores zeros in the last slots, and the counter is then 0, so they are not sampled
         self.num_added = torch.tensor(num_added - args.num_envs, device=device)
-        self.order = torch.arange(args.num_envs, device=device)
+        self.step_rows = torch.arange(args.num_envs, device=device)  # 0, 1, ... in a step
 
     def pack(self, rows, *columns):
         """Write the columns of transitions into rows, on the host."""
@@ -663,12 +675,12 @@ class ReplayBuffer:
             rows[:, start : start + width] = column.reshape(-1, width)
 
     def host_rows(self, num_added):
-        """The place, on the host or in the file, of the rows after the first num_added."""
+        """The place, on the host or in the file, of the rows of the step after num_added transitions."""
         start = num_added % len(self.on_host)
-        return self.on_host[start : start + len(self.order)]
+        return self.on_host[start : start + len(self.step_rows)]
 
     def add(self, rows):
-        slots = (self.num_added + self.order) % len(self.rows)
+        slots = (self.num_added + self.step_rows) % len(self.rows)
         self.rows.index_copy_(0, slots, rows)
         self.num_added += len(rows)
 
@@ -685,7 +697,7 @@ class ReplayBuffer:
 
 # A step asks two things of the device. Compiled on a GPU, each is one CUDA graph
 def add_and_act(agent, rb, inbox):
-    """The rows of the last step join the buffer; then actions (E, A) for the observations after it."""
+    """Actions (E, A). inbox (E, row_width + O): rows of the previous step, observations to act in."""
     rows, obs = inbox.tensor_split([rb.row_width], dim=1)
     rb.add(rows)
     actions, _ = agent.act(obs, explore=True)
@@ -809,7 +821,7 @@ def check_args(args):
 
 def env_dimensions(args):
     """Lengths of observations and actions, and the actions' box; an error if not supported."""
-    rendering = {"render_mode": "rgb_array"} if args.capture_video else {}  # not every one takes a mode
+    rendering = {"render_mode": "rgb_array"} if args.capture_video else {}  # some take no mode
     try:
         env = gym.make(args.env_id, **rendering)
     except (gym.error.Error, ImportError) as error:  # gymnasium's message names the nearest id
@@ -937,7 +949,7 @@ def load_checkpoint(path):
         except Exception as error:
             errors += f"{path} cannot be used: {error}; "
             continue
-        if errors:  # going on from an older one is for the user to decide
+        if errors:  # a newer one is bad: whether to go back is for the user to decide
             raise ValueError(f"{errors}the newest good one is {path}")
         return checkpoint
     raise ValueError(f"{errors}there is no good one")
@@ -998,6 +1010,7 @@ if __name__ == "__main__":
     source = args.resume or args.evaluate
     if source is not None:
         run_folder = Path(source) if Path(source).is_dir() else Path(source).parent
+        # only a run is locked: load_checkpoint refuses other folders
         if args.resume is not None and (Path(source).is_file() or any(run_folder.glob("checkpoint_[0-9]*.pt"))):
             with writing(run_folder):
                 lock = lock_run(run_folder)  # for as long as this variable lives
@@ -1025,7 +1038,7 @@ if __name__ == "__main__":
         torch.cuda.set_stream(torch.cuda.Stream())  # the default one cannot be captured
     if args.evaluate is not None:
         policy = load_policy(source, device, best_of_n=args.best_of_n, policy_q=args.policy_q)
-        torch.manual_seed(eval_seed)  # the noise of the evaluations in training
+        torch.manual_seed(eval_seed)  # the same noise as in training's evaluations
         video_folder = f"{run_folder}/videos" if args.capture_video else None
         returns = evaluate(policy, args.env_id, args.num_episodes, eval_seed, video_folder)
         mean, std = returns.mean(), returns.std()
@@ -1034,6 +1047,7 @@ if __name__ == "__main__":
 
     last_step = args.total_timesteps - args.total_timesteps % args.num_envs
     evaluations = evaluations_until(run_folder / "evaluations.csv", start_step)
+    # a checkpoint precedes its step's evaluation: a run that was killed between them lacks it
     evaluation_missing = start_step > 0 and is_due(start_step, args.eval_frequency, args)
     evaluation_missing = evaluation_missing and not evaluations[-1].startswith(f"{start_step},")
     if start_step >= last_step and not evaluation_missing and not args.save_model:
@@ -1081,12 +1095,12 @@ if __name__ == "__main__":
     atexit.register(writer.close)  # an error that ends the run leaves its curves
     received_signals = receive_signals()
 
-    # an inbox row is a transition of the last step, then the present observation
+    # an inbox row is a transition of the previous step, then the present observation
     inbox = torch.zeros(args.num_envs, rb.row_width + obs_dim, pin_memory=on_gpu)
     outbox = torch.zeros(args.num_envs, act_dim, pin_memory=on_gpu)
     device_inbox = inbox.to(device, copy=True)
     new_rows, new_obs = np.split(inbox.numpy(), [rb.row_width], axis=1)  # views
-    if num_added > 0:
+    if num_added > 0:  # a resumed run begins by adding its last step once more
         new_rows[:] = rb.host_rows(num_added - args.num_envs)
     act = partial(add_and_act, agent, rb, device_inbox)
     updates = {due: partial(sample_and_update, agent, rb, due) for due in (True, False)}
@@ -1124,7 +1138,7 @@ if __name__ == "__main__":
     for global_step in progress:
         place = f"at step {global_step}, seed {args.seed}; see {run_folder}"
 
-        # ALGO LOGIC: the last step's rows join the buffer, and the policy acts
+        # ALGO LOGIC: the previous step's rows join the buffer, and the policy acts
         new_obs[:] = obs
         device_inbox.copy_(inbox, non_blocking=True)
         outbox.copy_(act(), non_blocking=True)

@@ -9,18 +9,18 @@ Run it: python som_continuous_action_jax.py --env-id Walker2d-v4 (in minutes on 
 The policy turns noise into an action with ONE network evaluation. The field it imitates comes from the critic alone:
 
     act       a = argmax_i Q(s, a_i), where a_i = eps_i - u(eps_i, 0, 1, s), i = 1..N              (Algorithm 1)
-    critic    y = reward + gamma (1 - terminated) min Q'(s', a'), a' as in act, Q' target networks (Section 4.4)
+    critic    y = scaled reward + gamma (1 - terminated) min Q'(s', a'), a' as in act, Q' the targets (Section 4.4)
     score     grad log p_t(a_t|s) = grad_{a_t} log sum_k exp(alpha Q(s, (a_t + sigma eps_k) / mu)) (Eq 5)
-    velocity  v = -beta/2 (a_t + w score / ||score||), the probability-flow ODE of the VP path     (Eq 6, 8)
+    velocity  v = -beta/2 (a_t + w score / ||score||), the probability-flow ODE, score at norm w (Eq 6, 8)
     target    u_tgt = v - (t - r) (v d_a u + d_t u), by one Jacobian-vector product                (Eq 7)
     actor     ||u(a_t, r, t, s) - stopgrad(u_tgt)||^2, a_t = mu a_0 + sigma eps, (s, a_0) from the replay buffer
 
 Conventions: t = 1 is noise, t = 0 is the action, 0 <= r <= t <= 1. Inside the learner actions live in [-1, 1]^A.
-With beta_min and beta_max as here, a_1 = 0.76 a_0 + 0.65 eps; acting starts from pure noise, as in the paper.
+The default betas stop short of that: in training a_1 = 0.76 a_0 + 0.65 eps, while acting starts from a_1 = eps.
 alpha is an INVERSE temperature: p_0(a|s) is proportional to exp(alpha Q(s, a)), Q in units of its std over actions.
-lambda scales the exploration noise up and alpha down; it follows a schedule, or is 1.
+lambda scales the exploration noise up and alpha down. No data enter: it falls along a fixed curve, or is 1.
 Shapes: B states, N actions in each of them, A coordinates: (B, N, A). Twins come first: (2, B, N).
-All functions are written for one seed; --num-seeds S trains S of them side by side, and the main block adds the axis.
+The method and the agent are written for one seed; --num-seeds S trains S side by side: the main block adds the axis.
 """
 
 import atexit
@@ -56,9 +56,10 @@ from tensorboard.summary.writer import event_file_writer
 from tqdm import tqdm
 
 CHECKPOINT_FORMAT = "som_continuous_action_jax.py, checkpoints of version 4"
-MATMUL_PRECISIONS = {"high": "default", "highest": "highest"}  # in JAX "default" is TF32 on a GPU
+MATMUL_PRECISIONS = {"high": "default", "highest": "highest"}  # JAX's names: "default" is TF32 on a GPU
 Batch = namedtuple("Batch", "obs next_obs actions rewards terminated")
-# what an agent is; networks are lists of layers, a layer is (weights, biases)
+# what an agent is; networks are lists of layers, a layer is (weights, biases); mean_std is of
+# distributional_critic_loss
 State = namedtuple("State", "actor acting_actor critic target_critic mean_std log_lambda optimizers key")
 Acting = namedtuple("Acting", "acting_actor critic log_lambda")  # the parts that acting needs
 Ring = namedtuple("Ring", "rows next_slot num_filled")  # the replay buffer on the training device
@@ -69,7 +70,8 @@ class Args:
     exp_name: str = "som_continuous_action_jax"  # name of the experiment, a part of the run's folder
     seed: int = 1  # seed of networks, noise, environments and evaluation
     num_seeds: int = 1  # agents trained side by side (S), with the seeds seed, seed + 1, ...
-    preset: Literal["laptop", "peaks"] | None = None  # small networks, a short run; other flags override it
+    # small networks; laptop: the method, a short run; peaks: beyond the paper, a long run
+    preset: Literal["laptop", "peaks"] | None = None  # other flags override it
     device: Literal["auto", "cpu", "gpu"] = "auto"  # where to train; auto: on a GPU if there is one
     matmul_precision: Literal["high", "highest"] = "high"  # of products on a GPU: TF32 or float32
     track: bool = False  # also log to Weights and Biases
@@ -99,22 +101,22 @@ class Args:
     num_layers: int = 3  # hidden layers of policy and critics
     num_frequencies: int = 8  # sines and cosines of the times, from 1 to 3 rad
     critic_loss: Literal["distributional", "mse"] = "mse"  # differs from the paper: DACER's, distributional
-    # p_0 ~ reference(a) exp(alpha Q): reference = 1, N(0, I), or 1 inside the box and 0 outside
+    # p_0 ~ reference(a) exp(alpha Q): 1 everywhere, N(0, I), or 1 in [-1, 1]^A and 0 outside
     reference: Literal["uniform", "prior", "box"] = "uniform"  # factor of p_0 beside exp(alpha Q)
     sde: Literal["vp", "ve"] = "vp"  # variance preserving (Eq 1), or exploding (Appendix B)
     num_mc_samples: int = 100  # Monte-Carlo samples of the score (K)
     mc_noise: Literal["normal", "lattice"] = "normal"  # independent, or one Sobol set, shifted
     climb_steps: int = 0  # with --reference box: gradient-ascent steps of each sample; 0: none
-    score_dtype: Literal["float32", "bfloat16"] = "float32"  # of hidden layers in the score
+    score_dtype: Literal["float32", "bfloat16"] = "float32"  # of the critics' layers in the score
     best_of_n: int = 32  # candidate actions in acting and bootstrapping (N)
     policy_q: Literal["mean", "min"] = "mean"  # of the twins, in the score and best-of-N
-    # in the score Q is divided by its std over the whole batch, or in each state and then averaged
-    q_norm: Literal["batch", "state"] = "state"  # over what Q's std is taken  # differs from the paper: batch
+    # in the score one number divides Q: its std in the batch, or in a state, averaged over states
+    q_norm: Literal["batch", "state"] = "state"  # where Q's std is taken  # differs from the paper: batch
     inverse_temperature: float = 5.0  # of the target: alpha = inverse_temperature / lambda
     score_scale: float = 25.0  # norm of the rescaled score of Eq 8 (w)
-    beta_min: float = 0.1  # beta(0) of the VP schedule
+    beta_min: float = 0.1  # beta(0) of the VP schedule, of --reference uniform
     beta_max: float = 1.0  # beta(1) of the VP schedule; the paper prints none
-    zero_r_ratio: float = 0.5  # share of r = 0, as in acting  # differs from the paper: 0 there
+    zero_r_ratio: float = 0.5  # share of a batch with r = 0, the r of acting  # differs from the paper: 0.0
     noise_scale: float = 0.1  # of the exploration: its std is noise_scale * lambda
     autotune: bool = True  # move lambda, from initial_lambda on; without, it is 1 throughout
     initial_lambda: float = 5.0  # lambda at the start, if it moves
@@ -177,7 +179,7 @@ def init_ensemble(key, size, in_dim, out_dim, args):
 
 
 def gelu(x):
-    """The exact one, as jax.nn.gelu(x, False): that asks for erfc, which takes a CPU twice as long."""
+    """Equal to jax.nn.gelu(x, approximate=False), which uses erfc and takes a CPU twice as long."""
     return 0.5 * x * (1 + jax.lax.erf(x / math.sqrt(2)))
 
 
@@ -216,8 +218,9 @@ def mean_return(layers, obs, a):
 
 def meanflow_actor(layers, obs, a_t, r, t):
     """Average velocity u(a_t, r, t, s) (B, N, A) of actions (B, N, A) at times r, t (B, N, 1)."""
-    in_dim = layers[0][0].shape[1]
-    num_frequencies = (in_dim - obs.shape[1] - a_t.shape[2]) // 4
+    first_weights, _ = layers[0]  # (1, in, H)
+    num_times = first_weights.shape[1] - obs.shape[1] - a_t.shape[2]
+    num_frequencies = num_times // 4  # sines and cosines, of t and of t - r
     # radians over t in [0, 1]. The target has du/dt in it, which high frequencies blow up
     frequencies = jnp.linspace(1.0, 3.0, num_frequencies)
     phase_t = t * frequencies  # (B, N, num_frequencies)
@@ -252,7 +255,10 @@ def ve_schedule(t, sigma_min=0.01, sigma_max=1.0):
 
 
 def q_scale(q, q_norm):
-    """One number that divides Q (B, K): its std over all ("batch"), or in each state, averaged."""
+    """What divides Q (B, K): one number.
+
+    "batch": its std. "state": its std in each state, averaged. None: 1.
+    """
     if q_norm == "batch":
         return stop_gradient(q.std(ddof=1)) + 1e-6
     if q_norm == "state":
@@ -293,13 +299,13 @@ def truncated_normal(eps, mean, std, half_width=1.0):
     ndtr = jax.scipy.special.ndtr
     low = ((-half_width - mean) / std)[:, None]  # (B, 1, A)
     high = ((half_width - mean) / std)[:, None]
-    # by the inverse CDF. Floats resolve probabilities near 0, not near 1: a box in the upper tail
-    # is mirrored to the lower one, sign = -1, and its samples back
+    # by the inverse CDF. Floats resolve probabilities near 0, not near 1: a box above the mean is
+    # mirrored to below it, sign = -1, and the samples in it are mirrored back
     sign = jnp.where(low > 0, -1.0, 1.0)
     lower = jnp.minimum(sign * low, sign * high)
     upper = jnp.maximum(sign * low, sign * high)
     mass = ndtr(upper) - ndtr(lower)
-    # ndtr(eps) would be uniform too; eps mirrored with the box lets a_0 rise with it
+    # -eps is as normal as eps. Mirrored with the box and back, it lets a_0 always rise with eps
     cdf = ndtr(lower) + ndtr(sign * eps) * mass  # (B, K, A)
     z = jax.scipy.special.ndtri(jnp.clip(cdf, 1e-37, 1 - 1e-7))
     z = sign * z
@@ -311,9 +317,10 @@ def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_
     """As estimate_score, for p_0 ~ exp(alpha Q) inside the box and 0 outside (beyond the paper).
 
     By Tweedie's formula the score is (mu m - a_t) / sigma^2, where m is the mean of a_0 given a_t.
-    With cosine_schedule v = -pi/2 (m - mu a_t) / sigma: m is in the box, so no alpha blows it up.
-    m blends two estimates: the weighted mean of the samples, which sees distant modes, and, close
-    to t = 0, where an error is divided by sigma, their plain mean plus their variance times the slope.
+    With cosine_schedule, beta = pi sigma / mu, the velocity is then -pi/2 (m - mu a_t) / sigma: as
+    m stays in the box, no alpha makes it large. m blends two estimates. Far from t = 0 it is the
+    mean of the samples weighted by exp(alpha Q), which sees distant modes. Near t = 0, where the
+    velocity has m's error divided by sigma, it is their plain mean, moved along the slope of alpha Q.
     """
     a_0 = truncated_normal(eps, a_t / mu, sigma / mu, half_width)  # (B, K, A)
 
@@ -322,14 +329,15 @@ def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_
         logits = alpha * q / q_scale(q, q_norm)
         return jax.nn.logsumexp(logits, axis=1).sum(), logits
 
-    gradients, logits = jax.grad(log_sum_exp, has_aux=True)(a_0)  # (B, K, A), weight times the logits' slope
+    # by a_0[k]: its weight times the slope of its logit, so that their sum is the mean slope
+    gradients, logits = jax.grad(log_sum_exp, has_aux=True)(a_0)  # (B, K, A)
     weights = jax.nn.softmax(logits, axis=1)[..., None]  # (B, K, 1)
     weighted_mean = (weights * a_0).sum(axis=1)  # (B, A)
-    # where Q is linear, and to first order, the posterior's mean is the truncated normal's so moved
+    # exp(slope a) moves the mean of a distribution by its variance times slope, to first order
     slope = gradients.sum(axis=1)
     moved_mean = a_0.mean(axis=1) + a_0.var(axis=1, ddof=1) * slope
     moved_mean = jnp.clip(moved_mean, -half_width, half_width)
-    # one half where the variance of the samples, sigma^2 / mu^2, is local_variance
+    # one half where the samples' variance, without the box sigma^2 / mu^2, is local_variance
     share = sigma**2 / (sigma**2 + local_variance * mu**2)
     m = share * weighted_mean + (1 - share) * moved_mean
     score = (mu * m - a_t) / jnp.maximum(sigma, 1e-3) ** 2
@@ -415,7 +423,10 @@ def sample_r_t(uniform, zero_r_ratio=0.0):
 
 
 def meanflow_loss(u_fn, a_t, r, t, v):
-    """Squared error (B, N) of u_fn against stopgrad(v - (t - r) du/dt) (Eq 7), and du/dt (B, N, A)."""
+    """Squared error (B, N) of u_fn(a_t, r, t) against stopgrad(v - (t - r) du/dt) (Eq 7).
+
+    Also du/dt (B, N, A), the derivative of u along the flow.
+    """
     tangents = (v, jnp.zeros_like(r), jnp.ones_like(t))  # along the flow, da_t/dt = v
     u, dudt = jax.jvp(u_fn, (a_t, r, t), tangents)
     u_tgt = stop_gradient(v - (t - r) * dudt)
@@ -423,7 +434,10 @@ def meanflow_loss(u_fn, a_t, r, t, v):
 
 
 def best_of_n(u_fn, q_fn, obs, noise):
-    """Of the actions noise - u(noise, 0, 1, s) (B, N, A) the best by Q (B, A), and all (Algorithm 1)."""
+    """The candidate with the largest Q, (B, A), and all of them, (B, N, A) (Algorithm 1).
+
+    Candidates are noise - u_fn(obs, noise, 0, 1), of noise (B, N, A).
+    """
     r = jnp.zeros_like(noise[..., :1])  # (B, N, 1)
     t = jnp.ones_like(r)
     candidates = jnp.clip(noise - u_fn(obs, noise, r, t), -1, 1)
@@ -470,8 +484,8 @@ def distributional_critic_loss(q_dist, target_q_dist, batch, next_actions, z, me
     batch_std = stop_gradient(std.mean(axis=1, keepdims=True))
     moved = mean_std + args.tau * (batch_std - mean_std)
     mean_std = jnp.where(jnp.isnan(mean_std), batch_std, moved)
-    # the loss's value has no meaning. Its gradients are those of a Gaussian's negative
-    # log-likelihood, of y for the mean and of y_sample for the std, times mean_std^2 + eps
+    # the loss's value has no meaning. Its gradients, but for the factor mean_std^2 + eps: by the
+    # mean that of -log N(y; mean, std^2), by the std that of -log N(y_sample; mean, std^2)
     spread = jnp.square(jnp.clip(y_sample - mean, -3 * mean_std, 3 * mean_std))
     mean_pull = (y - mean) / (std**2 + eps)
     std_pull = (spread - std**2) / (std**3 + eps)
@@ -493,8 +507,8 @@ def actor_loss(u_fn, q_fn, batch, uniform, eps, mc_eps, alpha, args):
     uniform: (B, 2) in [0, 1]. eps: (B, A) and mc_eps: (B, K, A) standard normal.
     """
     r, t = sample_r_t(uniform, args.zero_r_ratio)
-    if args.reference != "uniform":  # with mu(1) = 0: a_1 is the noise from which acting starts
-        mu, sigma, f, g2 = cosine_schedule(t)
+    if args.reference != "uniform":
+        mu, sigma, f, g2 = cosine_schedule(t)  # mu(1) = 0: a_1 is noise, from which acting starts
     elif args.sde == "vp":
         mu, sigma, f, g2 = vp_schedule(t, args.beta_min, args.beta_max)
     else:
@@ -502,11 +516,11 @@ def actor_loss(u_fn, q_fn, batch, uniform, eps, mc_eps, alpha, args):
     a_t = mu * batch.actions + sigma * eps
     inputs = (q_fn, batch.obs, a_t, mu, sigma, mc_eps, alpha)
     if args.reference == "box" and args.climb_steps > 0:
-        score, logits = estimate_peak_score(*inputs, args.climb_steps, args.q_norm)
+        score, logits = estimate_peak_score(*inputs, num_steps=args.climb_steps, q_norm=args.q_norm)
     elif args.reference == "box":
-        score, logits = estimate_box_score(*inputs, args.q_norm)
+        score, logits = estimate_box_score(*inputs, q_norm=args.q_norm)
     else:
-        score, logits = estimate_score(*inputs, args.reference, args.q_norm)
+        score, logits = estimate_score(*inputs, reference=args.reference, q_norm=args.q_norm)
     # Eq 8 is for "uniform" only: near t = 1 the cosine schedule's f a_t is large, and only the
     # unscaled score cancels it
     score_scale = args.score_scale if args.reference == "uniform" else None
@@ -515,14 +529,14 @@ def actor_loss(u_fn, q_fn, batch, uniform, eps, mc_eps, alpha, args):
     errors, dudt = meanflow_loss(partial(u_fn, batch.obs), *flow)
     loss = errors.mean()
     weights = jax.nn.softmax(logits, axis=1)  # (B, K)
-    bootstrap = (t - r)[:, None] * dudt
+    correction = (t - r)[:, None] * dudt
     v_norm = jnp.linalg.norm(v, axis=-1).mean()
     info = {
         "losses/actor_loss": loss,
         "score/norm": jnp.linalg.norm(score, axis=-1).mean(),
         "score/effective_sample_size": (1 / jnp.square(weights).sum(axis=1)).mean(),
         "velocity/norm": v_norm,
-        "velocity/dudt_ratio": jnp.linalg.norm(bootstrap, axis=-1).mean() / v_norm,
+        "velocity/dudt_ratio": jnp.linalg.norm(correction, axis=-1).mean() / v_norm,
     }
     for i in range(4):
         in_bin = jnp.floor(4 * t) == i  # (B, 1)
@@ -572,9 +586,10 @@ def policy_q(critic, obs, a, args, hidden_dtype=None):
 
 
 def act(acting, obs, key, args, explore=False):
-    """Best-of-N actions (B, A) in states (B, O), with exploration noise or not; all candidates."""
+    """Best-of-N actions (B, A) in states (B, O), noisy if explore; and all candidates (B, N, A)."""
     noise_key, explore_key = jax.random.split(key)
-    act_dim = acting.acting_actor[-1][0].shape[-1]
+    last_weights, _ = acting.acting_actor[-1]  # (1, H, A)
+    act_dim = last_weights.shape[-1]
     noise = jax.random.normal(noise_key, (len(obs), args.best_of_n, act_dim))
     u_fn = partial(meanflow_actor, acting.acting_actor)
     q_fn = partial(policy_q, acting.critic, args=args)
@@ -644,7 +659,7 @@ def update_actor(state, batch, key, args):
 
 
 def update_lambda(state, args):
-    """Move lambda to where the noise, std noise_scale * lambda, has target_entropy: a schedule."""
+    """Move lambda to where noise of std noise_scale * lambda has target_entropy: no data enter."""
     std = args.noise_scale * jnp.exp(state.log_lambda)
     entropy = 0.5 * math.log(2 * math.pi * math.e) + jnp.log(std)
 
@@ -665,12 +680,13 @@ def descend(state, name, loss_fn, args):
 
 
 class ReplayBuffer:
-    """Transitions, a row each, on the host and, for --resume, in a file; to_device() begins a ring.
+    """Transitions, a row each, on the host or, for --resume, in a file.
 
-    Time limits are not `terminated`: they bootstrap. Only the last buffer_size rows are sampled. As
-    many as 2 * checkpoint_frequency older ones stay, so that after a kill at any moment either of
-    the two kept checkpoints finds all of its rows. The rows of a step are those of the first seed's
-    environments, then of the second's, and so on.
+    Training samples from the ring that to_device() makes. Time limits are not `terminated`: they
+    bootstrap. Only the last buffer_size rows are sampled.
+    A checkpoint holds their number, not the rows. The run goes on writing, so that
+    2 * checkpoint_frequency older rows stay: those that the two kept checkpoints may need. The rows
+    of a step are those of the first seed's environments, then of the second's, and so on.
     """
 
     def __init__(self, args, obs_dim, act_dim, file, num_added):
@@ -679,10 +695,10 @@ class ReplayBuffer:
         self.num_envs = args.num_envs
         self.widths = [obs_dim, obs_dim, act_dim, 1, 1]  # of the fields of Batch
         self.row_width = sum(self.widths)
-        # a run shorter than the buffer has total_timesteps rows. They never wrap around, and so
-        # keep their slots when --resume with more steps enlarges the buffer
+        # a shorter run takes total_timesteps rows. They never wrap around, and so keep their slots
+        # when --resume with more steps takes more rows
         num_rows = min(args.buffer_size + 2 * args.checkpoint_frequency, args.total_timesteps)
-        num_steps = math.ceil(num_rows / args.num_envs) + 2  # checkpoints can be a step late
+        num_steps = math.ceil(num_rows / args.num_envs) + 2  # checkpoints can be late; one spare
         shape = (num_steps * args.num_envs * args.num_seeds, self.row_width)
         if file is None:
             self.on_host = np.zeros(shape, np.float32)
@@ -696,15 +712,15 @@ class ReplayBuffer:
             rows[:, start : start + width] = column.reshape(-1, width)
 
     def host_rows(self, num_added):
-        """The place, on the host or in the file, of the rows after the first num_added."""
+        """The place, on the host or in the file, of the rows of the step after num_added transitions."""
         start = num_added * self.num_seeds % len(self.on_host)
         return self.on_host[start : start + self.num_seeds * self.num_envs]
 
     def to_device(self, num_added):
-        """The ring of every seed, without the last step, which the first add() writes again.
+        """The ring of every seed, one step back: an iteration begins by adding the previous step.
 
-        In a new run num_filled begins below 0, and the first add(), of zeros to the last slots,
-        makes it 0.
+        A resumed run stores its last step once more. A new one has none: it stores zeros in the
+        last slots, and num_filled, which begins below 0, is then 0, so they are not sampled.
         """
         steps = self.on_host.reshape(-1, self.num_seeds, self.num_envs, self.row_width)
         rows = steps.swapaxes(0, 1).reshape(self.num_seeds, -1, self.row_width)
@@ -732,7 +748,7 @@ def sample(ring, key, batch_size, widths):
 
 # The two compiled calls of an iteration; slots and random keys stay on the device between them
 def add_and_act(ring, key, acting, inbox, args):
-    """inbox: the last step's rows, which join the ring, and the observations after it, for actions (E, A)."""
+    """Actions (E, A). inbox (E, row_width + O): rows of the previous step, observations to act in."""
     _, row_width = ring.rows.shape
     rows, obs = jnp.split(inbox, [row_width], axis=1)
     ring = add(ring, rows, args.buffer_size)
@@ -839,7 +855,7 @@ def random_actions(seeds, global_step, num_envs, act_dim):
 
 
 def check_finite_by_seed(places, **arrays):
-    """check_finite for arrays that hold one seed's part after the other's; places: one of each."""
+    """check_finite for one seed's part after the other's; places: of each, the end of its error."""
     for name, values in arrays.items():
         parts = np.reshape(values, (len(places), -1))
         for place, part in zip(places, parts, strict=True):
@@ -901,7 +917,7 @@ def check_args(args):
 
 def env_dimensions(args):
     """Lengths of observations and actions, and the actions' box; an error if not supported."""
-    rendering = {"render_mode": "rgb_array"} if args.capture_video else {}  # not every one takes a mode
+    rendering = {"render_mode": "rgb_array"} if args.capture_video else {}  # some take no mode
     try:
         env = gym.make(args.env_id, **rendering)
     except (gym.error.Error, ImportError) as error:  # gymnasium's message names the nearest id
@@ -1022,7 +1038,7 @@ def save_checkpoint(path, checkpoint):
 
 
 def find_run(path):
-    """The folder of a run's checkpoints, its first seed's; and which seed's folder path is: k."""
+    """The first seed's folder, with the checkpoints of all; and the number k of path's own seed."""
     if not path.is_dir():
         return path.parent, 0
     config_file = path / "config.json"
@@ -1051,7 +1067,7 @@ def load_checkpoint(path):
         except Exception as error:
             errors += f"{path} cannot be used: {error}; "
             continue
-        if errors:  # going on from an older one is for the user to decide
+        if errors:  # a newer one is bad: whether to go back is for the user to decide
             raise ValueError(f"{errors}the newest good one is {path}")
         return checkpoint | {"agent": arrays}
     raise ValueError(f"{errors}there is no good one")
@@ -1113,7 +1129,8 @@ if __name__ == "__main__":
         args = tyro.cli(Args, default=Args(preset=args.preset, **preset))
     checkpoint = None
     start_step = 0
-    if args.resume == "" or args.evaluate == "" or None not in (args.resume, args.evaluate):
+    both = args.resume is not None and args.evaluate is not None
+    if both or args.resume == "" or args.evaluate == "":
         exit_with_error("give the folder of a run, to --resume or to --evaluate")
     source = args.resume or args.evaluate
     if source is not None:
@@ -1140,7 +1157,7 @@ if __name__ == "__main__":
     # TRY NOT TO MODIFY: seeding. A resumed run begins new episodes, with seeds of their own
     seeds = range(args.seed, args.seed + args.num_seeds)
     keys = [jax.random.PRNGKey(seed % 2**32) for seed in seeds]
-    init_keys, act_keys = jax.vmap(jax.random.split, out_axes=1)(jnp.stack(keys))  # each (S, 2)
+    init_keys, act_keys = jax.vmap(jax.random.split, out_axes=1)(jnp.stack(keys))  # keys (S, 2)
     env_seeds = env_seeds_of(seeds, start_step, args.num_envs)
     eval_seeds = [evaluation_seed(seed) for seed in seeds]
 
@@ -1154,15 +1171,16 @@ if __name__ == "__main__":
         sys.exit()
 
     if checkpoint is None:
-        ending = time.time_ns()
+        suffix = time.time_ns()
         run_name = f"{args.env_id}__{args.exp_name}".replace("/", "_").replace(":", "_")
-        run_folders = [Path("runs", f"{run_name}__{seed}__{ending}") for seed in seeds]
+        run_folders = [Path("runs", f"{run_name}__{seed}__{suffix}") for seed in seeds]
     else:
         run_folders = folders_of(run_folder, checkpoint["folder_names"])
     run_folder = run_folders[0]  # it holds what all seeds share
     last_step = args.total_timesteps - args.total_timesteps % args.num_envs
     evaluations = [evaluations_until(folder / "evaluations.csv", start_step) for folder in run_folders]
-    missing = []  # the seeds whose evaluation was interrupted
+    # a checkpoint precedes its step's evaluations: a run that was killed between them lacks some
+    missing = []
     if start_step > 0 and is_due(start_step, args.eval_frequency, args):
         missing = [k for k, lines in enumerate(evaluations) if not lines[-1].startswith(f"{start_step},")]
     if start_step >= last_step and not missing and not args.save_model:
@@ -1207,16 +1225,16 @@ if __name__ == "__main__":
         atexit.register(writer.close)  # an error that ends the run leaves its curves
     received_signals = receive_signals()
 
-    # an inbox row is a transition of the last step, then the present observation
+    # an inbox row is a transition of the previous step, then the present observation
     inbox = np.zeros((len(env_seeds), rb.row_width + obs_dim), np.float32)
     new_rows, new_obs = np.split(inbox, [rb.row_width], axis=1)  # views
     inbox_by_seed = inbox.reshape(len(seeds), args.num_envs, -1)  # another view
     ring = rb.to_device(num_added)
-    if num_added > 0:
+    if num_added > 0:  # a resumed run begins by adding its last step once more
         new_rows[:] = rb.host_rows(num_added - args.num_envs)
     add_and_act_all = side_by_side(add_and_act, donated=(0, 1), args=args)
-    compile_update = partial(side_by_side, sample_and_update, donated=0, args=args, widths=rb.widths)
-    updates = {due: compile_update(policy_is_due=due) for due in (True, False)}
+    fixed = {"args": args, "widths": rb.widths}
+    updates = {due: side_by_side(sample_and_update, donated=0, policy_is_due=due, **fixed) for due in (True, False)}
     update_lambda_all = side_by_side(update_lambda, donated=0, args=args)
 
     def evaluate_at(global_step, k):
@@ -1235,7 +1253,7 @@ if __name__ == "__main__":
 
     for k in missing:
         evaluate_at(start_step, k)
-    if received_signals:
+    if missing and received_signals:
         exit_with_error(f"stopped; go on with --resume {run_folder}", 128 + received_signals[0])
 
     # TRY NOT TO MODIFY: start the game
@@ -1250,7 +1268,7 @@ if __name__ == "__main__":
         names = zip(seeds, run_folders, strict=True)
         places = [f"at step {global_step}, seed {seed}; see {folder}" for seed, folder in names]
 
-        # ALGO LOGIC: the last step's rows join the buffer, and the policy acts
+        # ALGO LOGIC: the previous step's rows join the buffer, and the policy acts
         new_obs[:] = obs
         ring, act_keys, actions = add_and_act_all(ring, act_keys, acting_part(state), inbox_by_seed)
         actions.copy_to_host_async()
@@ -1311,6 +1329,7 @@ if __name__ == "__main__":
         saving = checkpoint_due or evaluation_due or len(received_signals) > 0
         if saving:
             arrays = named_arrays(state)
+            # mean_std is NaN with --critic-loss mse
             weights = {f"weight {name}": x for name, x in arrays.items() if name != ".mean_std"}
             check_finite_by_seed(places, **weights)
             checkpoint = {

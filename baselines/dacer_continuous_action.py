@@ -268,8 +268,8 @@ def distributional_critic_loss(q_dist, target_q_dist, batch, next_actions, z, me
     std = std.squeeze(-1)
     batch_std = std.detach().mean(dim=1, keepdim=True)
     mean_std = torch.where(mean_std.isnan(), batch_std, mean_std.lerp(batch_std, args.tau))
-    # the loss's value has no meaning. Its gradients are those of a Gaussian's negative
-    # log-likelihood, of y for the mean and of y_sample for the std, times mean_std^2 + eps
+    # the loss's value has no meaning. Its gradients, but for the factor mean_std^2 + eps: by the
+    # mean that of -log N(y; mean, std^2), by the std that of -log N(y_sample; mean, std^2)
     spread = (y_sample - mean).clamp(-3 * mean_std, 3 * mean_std).square()
     mean_pull = (y - mean) / (std.square() + eps)
     std_pull = (spread - std.square()) / (std.pow(3) + eps)
@@ -490,10 +490,10 @@ def soft_update(target, source, tau):
 class ReplayBuffer:
     """Transitions, a row each, on the training device and, for --resume, in a file.
 
-    Time limits are not `terminated`: they bootstrap. Only the last buffer_size rows are sampled. As
-    many as 2 * checkpoint_frequency older ones stay, so that after a kill at any moment either of
-    the two kept checkpoints finds all of its rows. The counter is on the device as well: adding
-    and sampling never wait for the host.
+    Time limits are not `terminated`: they bootstrap. Only the last buffer_size rows are sampled.
+    A checkpoint holds their number, not the rows. The run goes on writing, so that
+    2 * checkpoint_frequency older rows stay: those that the two kept checkpoints may need. The
+    counter is on the device as well: adding and sampling never wait for the host.
     """
 
     def __init__(self, args, obs_dim, act_dim, device, file, num_added):
@@ -502,21 +502,21 @@ class ReplayBuffer:
         # every column begins at a multiple of 16 bytes, so that compiled kernels read it in place
         self.padded_widths = [4 * math.ceil(width / 4) for width in self.widths]
         self.row_width = sum(self.padded_widths)
-        # a run shorter than the buffer has total_timesteps rows. They never wrap around, and so
-        # keep their slots when --resume with more steps enlarges the buffer
+        # a shorter run takes total_timesteps rows. They never wrap around, and so keep their slots
+        # when --resume with more steps takes more rows
         num_rows = min(args.buffer_size + 2 * args.checkpoint_frequency, args.total_timesteps)
-        num_steps = math.ceil(num_rows / args.num_envs) + 2  # checkpoints can be a step late
+        num_steps = math.ceil(num_rows / args.num_envs) + 2  # checkpoints can be late; one spare
         num_rows = num_steps * args.num_envs
         if file is None:
             self.on_host = np.zeros((num_rows, self.row_width), np.float32)
         else:
             self.on_host = map_file(file, (num_rows, self.row_width), num_added)
         self.rows = torch.from_numpy(self.on_host).to(device)  # on the CPU the same memory
-        # what add() has stored. The rows of a step come with the next observations, so this begins
-        # one step back: the first add() repeats the last step or, in a new run, writes zeros into the
-        # last slots, which are not sampled
+        # what add() has stored. An iteration begins by adding the previous step (see add_and_act),
+        # so this begins one step back. A resumed run stores its last step once more. A new one has
+        # none: it stores zeros in the last slots, and the counter is then 0, so they are not sampled
         self.num_added = torch.tensor(num_added - args.num_envs, device=device)
-        self.order = torch.arange(args.num_envs, device=device)
+        self.step_rows = torch.arange(args.num_envs, device=device)  # 0, 1, ... in a step
 
     def pack(self, rows, *columns):
         """Write the columns of transitions into rows, on the host."""
@@ -525,12 +525,12 @@ class ReplayBuffer:
             rows[:, start : start + width] = column.reshape(-1, width)
 
     def host_rows(self, num_added):
-        """The place, on the host or in the file, of the rows after the first num_added."""
+        """The place, on the host or in the file, of the rows of the step after num_added transitions."""
         start = num_added % len(self.on_host)
-        return self.on_host[start : start + len(self.order)]
+        return self.on_host[start : start + len(self.step_rows)]
 
     def add(self, rows):
-        slots = (self.num_added + self.order) % len(self.rows)
+        slots = (self.num_added + self.step_rows) % len(self.rows)
         self.rows.index_copy_(0, slots, rows)
         self.num_added += len(rows)
 
@@ -547,7 +547,7 @@ class ReplayBuffer:
 
 # A step asks two things of the device. Compiled on a GPU, each is one CUDA graph
 def add_and_act(agent, rb, inbox):
-    """The rows of the last step join the buffer; then actions (E, A) for the observations after it."""
+    """Actions (E, A). inbox (E, row_width + O): rows of the previous step, observations to act in."""
     rows, obs = inbox.tensor_split([rb.row_width], dim=1)
     rb.add(rows)
     actions, _ = agent.act(obs, explore=True)
@@ -666,7 +666,7 @@ def check_args(args):
 
 def env_dimensions(args):
     """Lengths of observations and actions, and the actions' box; an error if not supported."""
-    rendering = {"render_mode": "rgb_array"} if args.capture_video else {}  # not every one takes a mode
+    rendering = {"render_mode": "rgb_array"} if args.capture_video else {}  # some take no mode
     try:
         env = gym.make(args.env_id, **rendering)
     except (gym.error.Error, ImportError) as error:  # gymnasium's message names the nearest id
@@ -794,7 +794,7 @@ def load_checkpoint(path):
         except Exception as error:
             errors += f"{path} cannot be used: {error}; "
             continue
-        if errors:  # going on from an older one is for the user to decide
+        if errors:  # a newer one is bad: whether to go back is for the user to decide
             raise ValueError(f"{errors}the newest good one is {path}")
         return checkpoint
     raise ValueError(f"{errors}there is no good one")
@@ -854,6 +854,7 @@ if __name__ == "__main__":
     source = args.resume or args.evaluate
     if source is not None:
         run_folder = Path(source) if Path(source).is_dir() else Path(source).parent
+        # only a run is locked: load_checkpoint refuses other folders
         if args.resume is not None and (Path(source).is_file() or any(run_folder.glob("checkpoint_[0-9]*.pt"))):
             with writing(run_folder):
                 lock = lock_run(run_folder)  # for as long as this variable lives
@@ -881,7 +882,7 @@ if __name__ == "__main__":
         torch.cuda.set_stream(torch.cuda.Stream())  # the default one cannot be captured
     if args.evaluate is not None:
         policy = load_policy(source, device)
-        torch.manual_seed(eval_seed)  # the noise of the evaluations in training
+        torch.manual_seed(eval_seed)  # the same noise as in training's evaluations
         video_folder = f"{run_folder}/videos" if args.capture_video else None
         returns = evaluate(policy, args.env_id, args.num_episodes, eval_seed, video_folder)
         mean, std = returns.mean(), returns.std()
@@ -890,6 +891,7 @@ if __name__ == "__main__":
 
     last_step = args.total_timesteps - args.total_timesteps % args.num_envs
     evaluations = evaluations_until(run_folder / "evaluations.csv", start_step)
+    # a checkpoint precedes its step's evaluation: a run that was killed between them lacks it
     evaluation_missing = start_step > 0 and is_due(start_step, args.eval_frequency, args)
     evaluation_missing = evaluation_missing and not evaluations[-1].startswith(f"{start_step},")
     if start_step >= last_step and not evaluation_missing and not args.save_model:
@@ -937,12 +939,12 @@ if __name__ == "__main__":
     atexit.register(writer.close)  # an error that ends the run leaves its curves
     received_signals = receive_signals()
 
-    # an inbox row is a transition of the last step, then the present observation
+    # an inbox row is a transition of the previous step, then the present observation
     inbox = torch.zeros(args.num_envs, rb.row_width + obs_dim, pin_memory=on_gpu)
     outbox = torch.zeros(args.num_envs, act_dim, pin_memory=on_gpu)
     device_inbox = inbox.to(device, copy=True)
     new_rows, new_obs = np.split(inbox.numpy(), [rb.row_width], axis=1)  # views
-    if num_added > 0:
+    if num_added > 0:  # a resumed run begins by adding its last step once more
         new_rows[:] = rb.host_rows(num_added - args.num_envs)
     act = partial(add_and_act, agent, rb, device_inbox)
     updates = {due: partial(sample_and_update, agent, rb, due) for due in (True, False)}
@@ -980,7 +982,7 @@ if __name__ == "__main__":
     for global_step in progress:
         place = f"at step {global_step}, seed {args.seed}; see {run_folder}"
 
-        # ALGO LOGIC: the last step's rows join the buffer, and the policy acts
+        # ALGO LOGIC: the previous step's rows join the buffer, and the policy acts
         new_obs[:] = obs
         device_inbox.copy_(inbox, non_blocking=True)
         outbox.copy_(act(), non_blocking=True)

@@ -565,7 +565,7 @@ def test_flags_are_those_of_som_but_for_the_method():
     mine, theirs = both(lambda text: dict(comment.findall(text[: text.index("LAPTOP")])))
     assert mine.keys() == {field.name for field in dataclasses.fields(mfp.Args)}
     described = {name for name in mine.keys() & theirs.keys() if mine[name] != theirs[name]}
-    assert described == {"best_of_n", "zero_r_ratio", "noise_scale"}
+    assert described == {"preset", "best_of_n", "zero_r_ratio", "noise_scale"}
 
 
 def test_every_field_is_read_and_every_default_has_its_type():
