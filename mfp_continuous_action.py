@@ -15,9 +15,9 @@ The policy turns noise into an action with ONE network evaluation. It imitates t
     mean flow L_MF = ||u(a_t, r, t, s) - stopgrad(v - (t - r) du/dt)||^2, by one Jacobian-vector product
     actor     L_MF + lambda L_IVC, with the constraint L_IVC = ||u(a_t, t, t, s) - v||^2
 
-Conventions: t = 1 is noise, t = 0 is the action, 0 <= r <= t <= 1, as in SOM. The paper has noise at
-time 0 and prints r < t; its own sampling, one step from the noise, needs r > t in that notation. It
-also says MVP for MFP. Inside the learner actions live in [-1, 1]^A.
+Conventions: t = 1 is noise, t = 0 is the action, 0 <= r <= t <= 1, as in SOM. The paper's time is 1 - t.
+One step from the noise goes from its time 0 to its time 1: there r > t, where it prints r < t. It also
+says MVP for MFP. Inside the learner actions live in [-1, 1]^A.
 Shapes: B states, N actions in each of them, A coordinates: (B, N, A). Twins come first: (2, B, N).
 """
 
@@ -86,7 +86,7 @@ class Args:
     q_lr: float = 1e-4  # learning rate of the critics
     hidden_dim: int = 256  # width of a hidden layer
     num_layers: int = 3  # hidden layers of policy and critics
-    num_frequencies: int = 8  # sines and cosines of the times, from 1 to 3 rad
+    num_frequencies: int = 8  # w of sin and cos of w t and w (t - r), from 1 to 3
     best_of_n: int = 32  # candidate actions in acting, bootstrapping and imitation (N)
     ivc_coef: float = 1.0  # weight of the instantaneous velocity constraint (lambda)
     tangent: Literal["marginal", "conditional"] = "marginal"  # du/dt along u(a_t, t, t, s) or v
@@ -202,8 +202,9 @@ def sample_r_t(uniform, zero_r_ratio=0.0):
 def mfp_loss(u_fn, a_t, r, t, v, tangent="marginal"):
     """L_MF and L_IVC (B, N) of u_fn(a_t, r, t), and du/dt (B, N, A) along the flow.
 
-    tangent: along u_fn's own velocity u(a_t, t, t) ("marginal"), or the path's v ("conditional"): v is
-    of one path, u(a_t, t, t) learns its mean over the paths through a_t, along which du/dt is defined.
+    du/dt is defined along the flow's velocity, the mean of v over all paths through a_t. tangent: what
+    stands for it, u_fn's own u(a_t, t, t), which L_IVC trains to be that mean ("marginal"), or v itself,
+    which is of one path ("conditional").
     """
     u_tt = u_fn(a_t, t, t)
     velocity = u_tt.detach() if tangent == "marginal" else v
@@ -352,9 +353,9 @@ class ReplayBuffer:
     """Transitions, a row each, on the training device and, for --resume, in a file.
 
     Time limits are not `terminated`: they bootstrap. Only the last buffer_size rows are sampled.
-    A checkpoint holds their number, not the rows. The run goes on writing, so that
-    2 * checkpoint_frequency older rows stay: those that the two kept checkpoints may need. The
-    counter is on the device as well: adding and sampling never wait for the host.
+    A checkpoint holds the number of rows, not the rows, and the run goes on overwriting the oldest.
+    So there are 2 * checkpoint_frequency rows more than are sampled: what the two kept checkpoints
+    need is still there. The counter is on the device as well: adding and sampling never wait for the host.
     """
 
     def __init__(self, args, obs_dim, act_dim, device, file, num_added):
@@ -363,19 +364,21 @@ class ReplayBuffer:
         # every column begins at a multiple of 16 bytes, so that compiled kernels read it in place
         self.padded_widths = [4 * math.ceil(width / 4) for width in self.widths]
         self.row_width = sum(self.padded_widths)
-        # a shorter run takes total_timesteps rows. They never wrap around, and so keep their slots
-        # when --resume with more steps takes more rows
+        # a shorter run needs only total_timesteps rows. They never wrap around: a row's slot is its
+        # number, and stays so when --resume with more steps makes room for more
         num_rows = min(args.buffer_size + 2 * args.checkpoint_frequency, args.total_timesteps)
-        num_steps = math.ceil(num_rows / args.num_envs) + 2  # checkpoints can be late; one spare
+        # checkpoints can be a step late, see is_due; and one step to spare
+        num_steps = math.ceil(num_rows / args.num_envs) + 2
         num_rows = num_steps * args.num_envs
         if file is None:
             self.on_host = np.zeros((num_rows, self.row_width), np.float32)
         else:
             self.on_host = map_file(file, (num_rows, self.row_width), num_added)
         self.rows = torch.from_numpy(self.on_host).to(device)  # on the CPU the same memory
-        # what add() has stored. An iteration begins by adding the previous step (see add_and_act),
-        # so this begins one step back. A resumed run stores its last step once more. A new one has
-        # none: it stores zeros in the last slots, and the counter is then 0, so they are not sampled
+        # an iteration begins by adding the rows of the previous step (see add_and_act), so the
+        # device's counter begins one step back, and the first add() makes it num_added. A resumed run
+        # stores its last step once more. A new one has none: zeros go to slots -num_envs to -1, the
+        # last ones, and with the counter at 0 they are not sampled
         self.num_added = torch.tensor(num_added - args.num_envs, device=device)
         self.step_rows = torch.arange(args.num_envs, device=device)  # 0, 1, ... in a step
 
@@ -386,7 +389,7 @@ class ReplayBuffer:
             rows[:, start : start + width] = column.reshape(-1, width)
 
     def host_rows(self, num_added):
-        """The place, on the host or in the file, of the rows of the step after num_added transitions."""
+        """The place, on the host or in the file, of a step's rows after num_added transitions."""
         start = num_added % len(self.on_host)
         return self.on_host[start : start + len(self.step_rows)]
 
@@ -408,7 +411,7 @@ class ReplayBuffer:
 
 # A step asks two things of the device. Compiled on a GPU, each is one CUDA graph
 def add_and_act(agent, rb, inbox):
-    """Actions (E, A). inbox (E, row_width + O): rows of the previous step, observations to act in."""
+    """Actions (E, A). inbox (E, row_width + O): the previous step's rows, observations to act in."""
     rows, obs = inbox.tensor_split([rb.row_width], dim=1)
     rb.add(rows)
     actions, _ = agent.act(obs, explore=True)
@@ -582,7 +585,7 @@ def check_finite(place, **arrays):
 
 @contextlib.contextmanager
 def writing(path):
-    """An error in writing the run's own files ends it with one line. Its last checkpoint is whole."""
+    """An error in writing the run's own files ends it with one line."""
     try:
         yield
     except OSError as error:
@@ -667,7 +670,7 @@ def resumed_args(checkpoint):
     fixed = "preset env_id seed num_envs buffer_size checkpoint_frequency"
     fixed = f"{fixed} hidden_dim num_layers num_frequencies".split()
     for name, before in checkpoint["args"].items():
-        is_fixed = name in fixed or name.endswith("_lr") or name == "initial_lambda"
+        is_fixed = name in fixed or name.endswith("_lr")
         if is_fixed and getattr(args, name) != before:
             exit_with_error(f"--{name.replace('_', '-')} is {before} here, and cannot change")
     return args
@@ -715,7 +718,7 @@ if __name__ == "__main__":
     source = args.resume or args.evaluate
     if source is not None:
         run_folder = Path(source) if Path(source).is_dir() else Path(source).parent
-        # only a run is locked: load_checkpoint refuses other folders
+        # the lock is a file: none in a folder without checkpoints, which load_checkpoint refuses
         if args.resume is not None and (Path(source).is_file() or any(run_folder.glob("checkpoint_[0-9]*.pt"))):
             with writing(run_folder):
                 lock = lock_run(run_folder)  # for as long as this variable lives
@@ -875,7 +878,7 @@ if __name__ == "__main__":
         check_finite(place, action=actions, reward=rewards, observation=[obs, next_obs])
         check_finite(place, last_observation=real_next_obs)
         rb.pack(new_rows, obs, real_next_obs, actions, rewards, terminated)
-        rb.host_rows(num_added)[:] = new_rows  # to the device they go with the next inbox
+        rb.host_rows(num_added)[:] = new_rows  # the device gets, and samples, them with the next inbox
         num_added += args.num_envs
         obs = next_obs
 
@@ -920,7 +923,7 @@ if __name__ == "__main__":
                 writer.flush()
         if evaluation_due and not received_signals:
             evaluate_at(global_step)
-        if saving and received_signals:  # a later signal waits for the next step's checkpoint
+        if saving and received_signals:  # without a checkpoint in this step the next one saves and ends
             envs.close()
             message = f"stopped at step {global_step}; go on with --resume {run_folder}"
             exit_with_error(message, code=128 + received_signals[0])

@@ -73,11 +73,11 @@ class Args:
     q_updates: int = 4  # updates of the critic per policy update, each on a batch of its own
     hidden_dim: int = 128  # width of the policy's 3 hidden layers
     q_hidden_dim: int = 32  # width of the critic's 2 hidden layers
-    num_frequencies: int = 1  # sines and cosines of the times, from 1 to 3 rad; one alone has 1 rad
+    num_frequencies: int = 1  # w of sin and cos of w t and w (t - r), from 1 to 3; one alone has 1 rad
     policy_tau: float = 0.005  # rate of the moving average of the policy that acts
     noise_scale: float = 0.1  # std of the exploration noise
     zero_r_ratio: float = 0.5  # share of a batch with r = 0, the r of acting
-    # p_0 ~ reference(a) exp(alpha Q): 1 everywhere, N(0, I), or 1 in [-1, 1]^A and 0 outside
+    # p_0 ~ reference(a) exp(alpha Q): 1 everywhere, N(0, I), or 1 in [-BOX, BOX]^2 and 0 outside
     reference: Literal["uniform", "prior", "box"] = "prior"  # differs from the paper: uniform there
     inverse_temperature: float = 10.0  # alpha
     num_mc_samples: int = 128  # Monte-Carlo samples of the score (K)
@@ -282,10 +282,10 @@ def estimate_score(q_fn, obs, a_t, mu, sigma, eps, alpha, reference="uniform", q
 def mix_score(score, logits, a_t, mu, sigma, eps, reference, local_var):
     """The score (B, 2) of estimate_score, mixed with a second estimate from the same samples.
 
-    Integrated by parts, the gradient of log E exp(alpha Q) is also the mean of eps with the weights
-    softmax(alpha Q), times 1 / sigma (prior: mu / sigma, minus a_t). This has little variance at
-    large sigma, the gradient of Q at small sigma. The mixture has none at all where exp(alpha Q) is
-    one Gaussian of variance local_var.
+    Integrated by parts, the score is also the mean of eps with the weights softmax(alpha Q), times
+    1 / sigma (prior: times mu / sigma, minus a_t). This has little variance at large sigma, the
+    first estimate, by the gradient of Q, at small sigma. In the mixture their dependence on eps
+    cancels where exp(alpha Q) is one Gaussian of variance local_var.
     """
     weights = logits.softmax(dim=1).unsqueeze(-1)  # (B, K, 1)
     eps_mean = (weights * eps).sum(dim=1)  # (B, 2)
@@ -313,7 +313,8 @@ def truncated_normal(eps, mean, std, half_width=1.0):
     lower = torch.minimum(sign * low, sign * high)
     upper = torch.maximum(sign * low, sign * high)
     mass = cdf_of(upper) - cdf_of(lower)
-    # -eps is as normal as eps. Mirrored with the box and back, it lets a_0 always rise with eps
+    # sign * eps, which is as normal: mirrored with the box and back, it lets a_0 rise with eps for
+    # both signs. So a_0 does not jump where the sign changes
     cdf = cdf_of(lower) + cdf_of(sign * eps) * mass  # (B, K, A)
     z = torch.special.ndtri(cdf.clamp(1e-37, 1 - 1e-7))
     z = sign * z
@@ -325,10 +326,12 @@ def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_
     """As estimate_score, for p_0 ~ exp(alpha Q) inside the box and 0 outside (beyond the paper).
 
     By Tweedie's formula the score is (mu m - a_t) / sigma^2, where m is the mean of a_0 given a_t.
-    With cosine_schedule, beta = pi sigma / mu, the velocity is then -pi/2 (m - mu a_t) / sigma: as
-    m stays in the box, no alpha makes it large. m blends two estimates. Far from t = 0 it is the
-    mean of the samples weighted by exp(alpha Q), which sees distant modes. Near t = 0, where the
-    velocity has m's error divided by sigma, it is their plain mean, moved along the slope of alpha Q.
+    With beta = pi sigma / mu, as in cosine_schedule, and mu^2 + sigma^2 = 1 the velocity
+    -beta/2 (a_t + score) is -pi/2 (m - mu a_t) / sigma: m is in the box, so alpha cannot blow it up.
+
+    m blends two estimates. Far from t = 0 it is the mean of the samples weighted by exp(alpha Q),
+    which sees distant modes. Near t = 0, where m's error is divided by a small sigma, it is their
+    plain mean, moved along the slope of alpha Q.
     """
     a_0 = truncated_normal(eps, a_t / mu, sigma / mu, half_width)  # (B, K, A)
 
@@ -346,19 +349,11 @@ def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_
     slope = gradients.sum(dim=1)
     moved_mean = a_0.mean(dim=1) + a_0.var(dim=1) * slope
     moved_mean = moved_mean.clamp(-half_width, half_width)
-    # one half where the samples' variance, without the box sigma^2 / mu^2, is local_variance
+    # from 0 at t = 0 to 1; 1/2 where sigma^2 / mu^2, the samples' variance but for the box, is
+    # local_variance
     share = sigma**2 / (sigma**2 + local_variance * mu**2)
     m = share * weighted_mean + (1 - share) * moved_mean
     return (mu * m - a_t) / sigma.clamp(min=1e-3) ** 2, logits
-
-
-def lattice_noise(points, shift):
-    """Standard normal eps (B, K, A): points (K, A) of the unit cube plus shift (B, 1, A), modulo 1.
-
-    With a uniform shift every sample is normal, and the K samples of a state lie evenly.
-    """
-    uniform = (points + shift) % 1.0  # (B, K, A)
-    return torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6))
 
 
 def pf_ode_velocity(a_t, score, f, g2, score_scale=None):
@@ -391,8 +386,9 @@ def meanflow_loss(u_fn, a_t, r, t, v):
 def mfp_loss(u_fn, a_t, r, t, v, tangent="marginal"):
     """L_MF and L_IVC (B, N) of u_fn(a_t, r, t), and du/dt (B, N, A) along the flow.
 
-    tangent: along u_fn's own velocity u(a_t, t, t) ("marginal"), or the path's v ("conditional"): v is
-    of one path, u(a_t, t, t) learns its mean over the paths through a_t, along which du/dt is defined.
+    du/dt is defined along the flow's velocity, the mean of v over all paths through a_t. tangent: what
+    stands for it, u_fn's own u(a_t, t, t), which L_IVC trains to be that mean ("marginal"), or v itself,
+    which is of one path ("conditional").
     """
     u_tt = u_fn(a_t, t, t)
     velocity = u_tt.detach() if tangent == "marginal" else v
@@ -477,7 +473,8 @@ class Agent:
         obs = torch.zeros(len(a_t), 1)
         alpha = args.inverse_temperature
         path = (a_t, mu, sigma, eps)
-        local_var = self.bandit.std**2 / alpha  # of exp(alpha Q) at a mode; it weights two estimates
+        # at a mode of height 1 Q is 1 - d^2 / (2 std^2), so that exp(alpha Q) is a Gaussian of this variance
+        local_var = self.bandit.std**2 / alpha
         if args.reference == "box":
             score, _ = estimate_box_score(self.q_fn, obs, *path, alpha, None, BOX, local_var)
         else:
@@ -764,7 +761,7 @@ def check_args(args):
 
 @contextlib.contextmanager
 def writing(path):
-    """An error in writing the run's own files ends it with one line. Its last checkpoint is whole."""
+    """An error in writing the run's own files ends it with one line."""
     try:
         yield
     except OSError as error:

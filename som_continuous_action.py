@@ -18,7 +18,8 @@ The policy turns noise into an action with ONE network evaluation. The field it 
 Conventions: t = 1 is noise, t = 0 is the action, 0 <= r <= t <= 1. Inside the learner actions live in [-1, 1]^A.
 The default betas stop short of that: in training a_1 = 0.76 a_0 + 0.65 eps, while acting starts from a_1 = eps.
 alpha is an INVERSE temperature: p_0(a|s) is proportional to exp(alpha Q(s, a)), Q in units of its std over actions.
-lambda scales the exploration noise up and alpha down. No data enter: it falls along a fixed curve, or is 1.
+lambda scales the exploration noise up and alpha down. With --autotune it falls along a fixed curve, from
+initial_lambda to where the noise has target_entropy: unlike in SAC no data enter. Without, it is 1.
 Shapes: B states, N actions in each of them, A coordinates: (B, N, A). Twins come first: (2, B, N).
 """
 
@@ -89,7 +90,7 @@ class Args:
     q_lr: float = 1e-4  # learning rate of the critics
     hidden_dim: int = 256  # width of a hidden layer
     num_layers: int = 3  # hidden layers of policy and critics
-    num_frequencies: int = 8  # sines and cosines of the times, from 1 to 3 rad
+    num_frequencies: int = 8  # w of sin and cos of w t and w (t - r), from 1 to 3
     critic_loss: Literal["distributional", "mse"] = "mse"  # differs from the paper: DACER's, distributional
     # p_0 ~ reference(a) exp(alpha Q): 1 everywhere, N(0, I), or 1 in [-1, 1]^A and 0 outside
     reference: Literal["uniform", "prior", "box"] = "uniform"  # factor of p_0 beside exp(alpha Q)
@@ -104,8 +105,8 @@ class Args:
     q_norm: Literal["batch", "state"] = "state"  # where Q's std is taken  # differs from the paper: batch
     inverse_temperature: float = 5.0  # of the target: alpha = inverse_temperature / lambda
     score_scale: float = 25.0  # norm of the rescaled score of Eq 8 (w)
-    beta_min: float = 0.1  # beta(0) of the VP schedule, of --reference uniform
-    beta_max: float = 1.0  # beta(1) of the VP schedule; the paper prints none
+    beta_min: float = 0.1  # beta(0) of vp_schedule, which --reference uniform uses
+    beta_max: float = 1.0  # beta(1) of it; the paper prints none
     zero_r_ratio: float = 0.5  # share of a batch with r = 0, the r of acting  # differs from the paper: 0.0
     noise_scale: float = 0.1  # of the exploration: its std is noise_scale * lambda
     autotune: bool = True  # move lambda, from initial_lambda on; without, it is 1 throughout
@@ -295,7 +296,8 @@ def truncated_normal(eps, mean, std, half_width=1.0):
     lower = torch.minimum(sign * low, sign * high)
     upper = torch.maximum(sign * low, sign * high)
     mass = cdf_of(upper) - cdf_of(lower)
-    # -eps is as normal as eps. Mirrored with the box and back, it lets a_0 always rise with eps
+    # sign * eps, which is as normal: mirrored with the box and back, it lets a_0 rise with eps for
+    # both signs. So a_0 does not jump where the sign changes
     cdf = cdf_of(lower) + cdf_of(sign * eps) * mass  # (B, K, A)
     z = torch.special.ndtri(cdf.clamp(1e-37, 1 - 1e-7))
     z = sign * z
@@ -307,10 +309,12 @@ def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_
     """As estimate_score, for p_0 ~ exp(alpha Q) inside the box and 0 outside (beyond the paper).
 
     By Tweedie's formula the score is (mu m - a_t) / sigma^2, where m is the mean of a_0 given a_t.
-    With cosine_schedule, beta = pi sigma / mu, the velocity is then -pi/2 (m - mu a_t) / sigma: as
-    m stays in the box, no alpha makes it large. m blends two estimates. Far from t = 0 it is the
-    mean of the samples weighted by exp(alpha Q), which sees distant modes. Near t = 0, where the
-    velocity has m's error divided by sigma, it is their plain mean, moved along the slope of alpha Q.
+    With beta = pi sigma / mu, as in cosine_schedule, and mu^2 + sigma^2 = 1 the velocity
+    -beta/2 (a_t + score) is -pi/2 (m - mu a_t) / sigma: m is in the box, so alpha cannot blow it up.
+
+    m blends two estimates. Far from t = 0 it is the mean of the samples weighted by exp(alpha Q),
+    which sees distant modes. Near t = 0, where m's error is divided by a small sigma, it is their
+    plain mean, moved along the slope of alpha Q.
     """
     a_0 = truncated_normal(eps, a_t / mu, sigma / mu, half_width)  # (B, K, A)
 
@@ -328,7 +332,8 @@ def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_
     slope = gradients.sum(dim=1)
     moved_mean = a_0.mean(dim=1) + a_0.var(dim=1) * slope
     moved_mean = moved_mean.clamp(-half_width, half_width)
-    # one half where the samples' variance, without the box sigma^2 / mu^2, is local_variance
+    # from 0 at t = 0 to 1; 1/2 where sigma^2 / mu^2, the samples' variance but for the box, is
+    # local_variance
     share = sigma**2 / (sigma**2 + local_variance * mu**2)
     m = share * weighted_mean + (1 - share) * moved_mean
     return (mu * m - a_t) / sigma.clamp(min=1e-3) ** 2, logits
@@ -361,7 +366,8 @@ def estimate_peak_score(q_fn, obs, a_t, mu, sigma, eps, alpha, num_steps, q_norm
     """As estimate_box_score, for an alpha so large that few of K samples count (beyond the paper).
 
     The posterior of a_0 given a_t, exp(alpha Q(a_0)) N(a_t; mu a_0, sigma^2), is narrow then around
-    its peaks. Each sample climbs one. m is the mean of where they end, weighted by their heights.
+    its peaks. Each sample climbs one. m is the mean of where they end, weighted by their heights:
+    the logits are those of the posterior.
     """
     variance = sigma.clamp(min=1e-3) ** 2
     a_0 = truncated_normal(eps, a_t / mu, sigma / mu, half_width)  # (B, K, A)
@@ -468,8 +474,9 @@ def distributional_critic_loss(q_dist, target_q_dist, batch, next_actions, z, me
     std = std.squeeze(-1)
     batch_std = std.detach().mean(dim=1, keepdim=True)
     mean_std = torch.where(mean_std.isnan(), batch_std, mean_std.lerp(batch_std, args.tau))
-    # the loss's value has no meaning. Its gradients, but for the factor mean_std^2 + eps: by the
-    # mean that of -log N(y; mean, std^2), by the std that of -log N(y_sample; mean, std^2)
+    # only the gradients of this loss mean something. With respect to the mean it is that of
+    # -log N(y; mean, std^2), with respect to the std that of -log N(y_sample; mean, std^2), clipped,
+    # both times mean_std^2 + eps
     spread = (y_sample - mean).clamp(-3 * mean_std, 3 * mean_std).square()
     mean_pull = (y - mean) / (std.square() + eps)
     std_pull = (spread - std.square()) / (std.pow(3) + eps)
@@ -641,9 +648,9 @@ class ReplayBuffer:
     """Transitions, a row each, on the training device and, for --resume, in a file.
 
     Time limits are not `terminated`: they bootstrap. Only the last buffer_size rows are sampled.
-    A checkpoint holds their number, not the rows. The run goes on writing, so that
-    2 * checkpoint_frequency older rows stay: those that the two kept checkpoints may need. The
-    counter is on the device as well: adding and sampling never wait for the host.
+    A checkpoint holds the number of rows, not the rows, and the run goes on overwriting the oldest.
+    So there are 2 * checkpoint_frequency rows more than are sampled: what the two kept checkpoints
+    need is still there. The counter is on the device as well: adding and sampling never wait for the host.
     """
 
     def __init__(self, args, obs_dim, act_dim, device, file, num_added):
@@ -652,19 +659,21 @@ class ReplayBuffer:
         # every column begins at a multiple of 16 bytes, so that compiled kernels read it in place
         self.padded_widths = [4 * math.ceil(width / 4) for width in self.widths]
         self.row_width = sum(self.padded_widths)
-        # a shorter run takes total_timesteps rows. They never wrap around, and so keep their slots
-        # when --resume with more steps takes more rows
+        # a shorter run needs only total_timesteps rows. They never wrap around: a row's slot is its
+        # number, and stays so when --resume with more steps makes room for more
         num_rows = min(args.buffer_size + 2 * args.checkpoint_frequency, args.total_timesteps)
-        num_steps = math.ceil(num_rows / args.num_envs) + 2  # checkpoints can be late; one spare
+        # checkpoints can be a step late, see is_due; and one step to spare
+        num_steps = math.ceil(num_rows / args.num_envs) + 2
         num_rows = num_steps * args.num_envs
         if file is None:
             self.on_host = np.zeros((num_rows, self.row_width), np.float32)
         else:
             self.on_host = map_file(file, (num_rows, self.row_width), num_added)
         self.rows = torch.from_numpy(self.on_host).to(device)  # on the CPU the same memory
-        # what add() has stored. An iteration begins by adding the previous step (see add_and_act),
-        # so this begins one step back. A resumed run stores its last step once more. A new one has
-        # none: it stores zeros in the last slots, and the counter is then 0, so they are not sampled
+        # an iteration begins by adding the rows of the previous step (see add_and_act), so the
+        # device's counter begins one step back, and the first add() makes it num_added. A resumed run
+        # stores its last step once more. A new one has none: zeros go to slots -num_envs to -1, the
+        # last ones, and with the counter at 0 they are not sampled
         self.num_added = torch.tensor(num_added - args.num_envs, device=device)
         self.step_rows = torch.arange(args.num_envs, device=device)  # 0, 1, ... in a step
 
@@ -675,7 +684,7 @@ class ReplayBuffer:
             rows[:, start : start + width] = column.reshape(-1, width)
 
     def host_rows(self, num_added):
-        """The place, on the host or in the file, of the rows of the step after num_added transitions."""
+        """The place, on the host or in the file, of a step's rows after num_added transitions."""
         start = num_added % len(self.on_host)
         return self.on_host[start : start + len(self.step_rows)]
 
@@ -697,7 +706,7 @@ class ReplayBuffer:
 
 # A step asks two things of the device. Compiled on a GPU, each is one CUDA graph
 def add_and_act(agent, rb, inbox):
-    """Actions (E, A). inbox (E, row_width + O): rows of the previous step, observations to act in."""
+    """Actions (E, A). inbox (E, row_width + O): the previous step's rows, observations to act in."""
     rows, obs = inbox.tensor_split([rb.row_width], dim=1)
     rb.add(rows)
     actions, _ = agent.act(obs, explore=True)
@@ -876,7 +885,7 @@ def check_finite(place, **arrays):
 
 @contextlib.contextmanager
 def writing(path):
-    """An error in writing the run's own files ends it with one line. Its last checkpoint is whole."""
+    """An error in writing the run's own files ends it with one line."""
     try:
         yield
     except OSError as error:
@@ -1010,7 +1019,7 @@ if __name__ == "__main__":
     source = args.resume or args.evaluate
     if source is not None:
         run_folder = Path(source) if Path(source).is_dir() else Path(source).parent
-        # only a run is locked: load_checkpoint refuses other folders
+        # the lock is a file: none in a folder without checkpoints, which load_checkpoint refuses
         if args.resume is not None and (Path(source).is_file() or any(run_folder.glob("checkpoint_[0-9]*.pt"))):
             with writing(run_folder):
                 lock = lock_run(run_folder)  # for as long as this variable lives
@@ -1174,7 +1183,7 @@ if __name__ == "__main__":
         check_finite(place, action=actions, reward=rewards, observation=[obs, next_obs])
         check_finite(place, last_observation=real_next_obs)
         rb.pack(new_rows, obs, real_next_obs, actions, rewards, terminated)
-        rb.host_rows(num_added)[:] = new_rows  # to the device they go with the next inbox
+        rb.host_rows(num_added)[:] = new_rows  # the device gets, and samples, them with the next inbox
         num_added += args.num_envs
         obs = next_obs
 
@@ -1219,7 +1228,7 @@ if __name__ == "__main__":
                 writer.flush()
         if evaluation_due and not received_signals:
             evaluate_at(global_step)
-        if saving and received_signals:  # a later signal waits for the next step's checkpoint
+        if saving and received_signals:  # without a checkpoint in this step the next one saves and ends
             envs.close()
             message = f"stopped at step {global_step}; go on with --resume {run_folder}"
             exit_with_error(message, code=128 + received_signals[0])

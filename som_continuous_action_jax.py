@@ -18,7 +18,8 @@ The policy turns noise into an action with ONE network evaluation. The field it 
 Conventions: t = 1 is noise, t = 0 is the action, 0 <= r <= t <= 1. Inside the learner actions live in [-1, 1]^A.
 The default betas stop short of that: in training a_1 = 0.76 a_0 + 0.65 eps, while acting starts from a_1 = eps.
 alpha is an INVERSE temperature: p_0(a|s) is proportional to exp(alpha Q(s, a)), Q in units of its std over actions.
-lambda scales the exploration noise up and alpha down. No data enter: it falls along a fixed curve, or is 1.
+lambda scales the exploration noise up and alpha down. With --autotune it falls along a fixed curve, from
+initial_lambda to where the noise has target_entropy: unlike in SAC no data enter. Without, it is 1.
 Shapes: B states, N actions in each of them, A coordinates: (B, N, A). Twins come first: (2, B, N).
 The method and the agent are written for one seed; --num-seeds S trains S side by side: the main block adds the axis.
 """
@@ -99,7 +100,7 @@ class Args:
     q_lr: float = 1e-4  # learning rate of the critics
     hidden_dim: int = 256  # width of a hidden layer
     num_layers: int = 3  # hidden layers of policy and critics
-    num_frequencies: int = 8  # sines and cosines of the times, from 1 to 3 rad
+    num_frequencies: int = 8  # w of sin and cos of w t and w (t - r), from 1 to 3
     critic_loss: Literal["distributional", "mse"] = "mse"  # differs from the paper: DACER's, distributional
     # p_0 ~ reference(a) exp(alpha Q): 1 everywhere, N(0, I), or 1 in [-1, 1]^A and 0 outside
     reference: Literal["uniform", "prior", "box"] = "uniform"  # factor of p_0 beside exp(alpha Q)
@@ -114,8 +115,8 @@ class Args:
     q_norm: Literal["batch", "state"] = "state"  # where Q's std is taken  # differs from the paper: batch
     inverse_temperature: float = 5.0  # of the target: alpha = inverse_temperature / lambda
     score_scale: float = 25.0  # norm of the rescaled score of Eq 8 (w)
-    beta_min: float = 0.1  # beta(0) of the VP schedule, of --reference uniform
-    beta_max: float = 1.0  # beta(1) of the VP schedule; the paper prints none
+    beta_min: float = 0.1  # beta(0) of vp_schedule, which --reference uniform uses
+    beta_max: float = 1.0  # beta(1) of it; the paper prints none
     zero_r_ratio: float = 0.5  # share of a batch with r = 0, the r of acting  # differs from the paper: 0.0
     noise_scale: float = 0.1  # of the exploration: its std is noise_scale * lambda
     autotune: bool = True  # move lambda, from initial_lambda on; without, it is 1 throughout
@@ -305,7 +306,8 @@ def truncated_normal(eps, mean, std, half_width=1.0):
     lower = jnp.minimum(sign * low, sign * high)
     upper = jnp.maximum(sign * low, sign * high)
     mass = ndtr(upper) - ndtr(lower)
-    # -eps is as normal as eps. Mirrored with the box and back, it lets a_0 always rise with eps
+    # sign * eps, which is as normal: mirrored with the box and back, it lets a_0 rise with eps for
+    # both signs. So a_0 does not jump where the sign changes
     cdf = ndtr(lower) + ndtr(sign * eps) * mass  # (B, K, A)
     z = jax.scipy.special.ndtri(jnp.clip(cdf, 1e-37, 1 - 1e-7))
     z = sign * z
@@ -317,10 +319,12 @@ def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_
     """As estimate_score, for p_0 ~ exp(alpha Q) inside the box and 0 outside (beyond the paper).
 
     By Tweedie's formula the score is (mu m - a_t) / sigma^2, where m is the mean of a_0 given a_t.
-    With cosine_schedule, beta = pi sigma / mu, the velocity is then -pi/2 (m - mu a_t) / sigma: as
-    m stays in the box, no alpha makes it large. m blends two estimates. Far from t = 0 it is the
-    mean of the samples weighted by exp(alpha Q), which sees distant modes. Near t = 0, where the
-    velocity has m's error divided by sigma, it is their plain mean, moved along the slope of alpha Q.
+    With beta = pi sigma / mu, as in cosine_schedule, and mu^2 + sigma^2 = 1 the velocity
+    -beta/2 (a_t + score) is -pi/2 (m - mu a_t) / sigma: m is in the box, so alpha cannot blow it up.
+
+    m blends two estimates. Far from t = 0 it is the mean of the samples weighted by exp(alpha Q),
+    which sees distant modes. Near t = 0, where m's error is divided by a small sigma, it is their
+    plain mean, moved along the slope of alpha Q.
     """
     a_0 = truncated_normal(eps, a_t / mu, sigma / mu, half_width)  # (B, K, A)
 
@@ -337,7 +341,8 @@ def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_
     slope = gradients.sum(axis=1)
     moved_mean = a_0.mean(axis=1) + a_0.var(axis=1, ddof=1) * slope
     moved_mean = jnp.clip(moved_mean, -half_width, half_width)
-    # one half where the samples' variance, without the box sigma^2 / mu^2, is local_variance
+    # from 0 at t = 0 to 1; 1/2 where sigma^2 / mu^2, the samples' variance but for the box, is
+    # local_variance
     share = sigma**2 / (sigma**2 + local_variance * mu**2)
     m = share * weighted_mean + (1 - share) * moved_mean
     score = (mu * m - a_t) / jnp.maximum(sigma, 1e-3) ** 2
@@ -371,7 +376,8 @@ def estimate_peak_score(q_fn, obs, a_t, mu, sigma, eps, alpha, num_steps, q_norm
     """As estimate_box_score, for an alpha so large that few of K samples count (beyond the paper).
 
     The posterior of a_0 given a_t, exp(alpha Q(a_0)) N(a_t; mu a_0, sigma^2), is narrow then around
-    its peaks. Each sample climbs one. m is the mean of where they end, weighted by their heights.
+    its peaks. Each sample climbs one. m is the mean of where they end, weighted by their heights:
+    the logits are those of the posterior.
     """
     variance = jnp.maximum(sigma, 1e-3) ** 2
     a_0 = truncated_normal(eps, a_t / mu, sigma / mu, half_width)  # (B, K, A)
@@ -484,8 +490,9 @@ def distributional_critic_loss(q_dist, target_q_dist, batch, next_actions, z, me
     batch_std = stop_gradient(std.mean(axis=1, keepdims=True))
     moved = mean_std + args.tau * (batch_std - mean_std)
     mean_std = jnp.where(jnp.isnan(mean_std), batch_std, moved)
-    # the loss's value has no meaning. Its gradients, but for the factor mean_std^2 + eps: by the
-    # mean that of -log N(y; mean, std^2), by the std that of -log N(y_sample; mean, std^2)
+    # only the gradients of this loss mean something. With respect to the mean it is that of
+    # -log N(y; mean, std^2), with respect to the std that of -log N(y_sample; mean, std^2), clipped,
+    # both times mean_std^2 + eps
     spread = jnp.square(jnp.clip(y_sample - mean, -3 * mean_std, 3 * mean_std))
     mean_pull = (y - mean) / (std**2 + eps)
     std_pull = (spread - std**2) / (std**3 + eps)
@@ -684,9 +691,10 @@ class ReplayBuffer:
 
     Training samples from the ring that to_device() makes. Time limits are not `terminated`: they
     bootstrap. Only the last buffer_size rows are sampled.
-    A checkpoint holds their number, not the rows. The run goes on writing, so that
-    2 * checkpoint_frequency older rows stay: those that the two kept checkpoints may need. The rows
-    of a step are those of the first seed's environments, then of the second's, and so on.
+    A checkpoint holds the number of rows, not the rows, and the run goes on overwriting the oldest.
+    So there are 2 * checkpoint_frequency rows more than are sampled: what the two kept checkpoints
+    need is still there. The rows of a step are those of the first seed's environments, then of the
+    second's, and so on.
     """
 
     def __init__(self, args, obs_dim, act_dim, file, num_added):
@@ -695,10 +703,11 @@ class ReplayBuffer:
         self.num_envs = args.num_envs
         self.widths = [obs_dim, obs_dim, act_dim, 1, 1]  # of the fields of Batch
         self.row_width = sum(self.widths)
-        # a shorter run takes total_timesteps rows. They never wrap around, and so keep their slots
-        # when --resume with more steps takes more rows
+        # a shorter run needs only total_timesteps rows. They never wrap around: a row's slot is its
+        # number, and stays so when --resume with more steps makes room for more
         num_rows = min(args.buffer_size + 2 * args.checkpoint_frequency, args.total_timesteps)
-        num_steps = math.ceil(num_rows / args.num_envs) + 2  # checkpoints can be late; one spare
+        # checkpoints can be a step late, see is_due; and one step to spare
+        num_steps = math.ceil(num_rows / args.num_envs) + 2
         shape = (num_steps * args.num_envs * args.num_seeds, self.row_width)
         if file is None:
             self.on_host = np.zeros(shape, np.float32)
@@ -712,15 +721,16 @@ class ReplayBuffer:
             rows[:, start : start + width] = column.reshape(-1, width)
 
     def host_rows(self, num_added):
-        """The place, on the host or in the file, of the rows of the step after num_added transitions."""
+        """The place, on the host or in the file, of a step's rows after num_added transitions."""
         start = num_added * self.num_seeds % len(self.on_host)
         return self.on_host[start : start + self.num_seeds * self.num_envs]
 
     def to_device(self, num_added):
         """The ring of every seed, one step back: an iteration begins by adding the previous step.
 
-        A resumed run stores its last step once more. A new one has none: it stores zeros in the
-        last slots, and num_filled, which begins below 0, is then 0, so they are not sampled.
+        The first one makes num_filled num_added. A resumed run stores its last step once more. A
+        new one has none: num_filled begins at -num_envs, zeros go to the last slots, and with
+        num_filled at 0 they are not sampled.
         """
         steps = self.on_host.reshape(-1, self.num_seeds, self.num_envs, self.row_width)
         rows = steps.swapaxes(0, 1).reshape(self.num_seeds, -1, self.row_width)
@@ -748,7 +758,7 @@ def sample(ring, key, batch_size, widths):
 
 # The two compiled calls of an iteration; slots and random keys stay on the device between them
 def add_and_act(ring, key, acting, inbox, args):
-    """Actions (E, A). inbox (E, row_width + O): rows of the previous step, observations to act in."""
+    """Actions (E, A). inbox (E, row_width + O): the previous step's rows, observations to act in."""
     _, row_width = ring.rows.shape
     rows, obs = jnp.split(inbox, [row_width], axis=1)
     ring = add(ring, rows, args.buffer_size)
@@ -855,7 +865,7 @@ def random_actions(seeds, global_step, num_envs, act_dim):
 
 
 def check_finite_by_seed(places, **arrays):
-    """check_finite for one seed's part after the other's; places: of each, the end of its error."""
+    """check_finite of each seed's part of the arrays. places: how each seed's error message ends."""
     for name, values in arrays.items():
         parts = np.reshape(values, (len(places), -1))
         for place, part in zip(places, parts, strict=True):
@@ -963,7 +973,7 @@ def check_finite(place, **arrays):
 
 @contextlib.contextmanager
 def writing(path):
-    """An error in writing the run's own files ends it with one line. Its last checkpoint is whole."""
+    """An error in writing the run's own files ends it with one line."""
     try:
         yield
     except OSError as error:
@@ -1157,7 +1167,8 @@ if __name__ == "__main__":
     # TRY NOT TO MODIFY: seeding. A resumed run begins new episodes, with seeds of their own
     seeds = range(args.seed, args.seed + args.num_seeds)
     keys = [jax.random.PRNGKey(seed % 2**32) for seed in seeds]
-    init_keys, act_keys = jax.vmap(jax.random.split, out_axes=1)(jnp.stack(keys))  # keys (S, 2)
+    # each seed's key, 2 numbers, is split in two: (S, 2) and (S, 2)
+    init_keys, act_keys = jax.vmap(jax.random.split, out_axes=1)(jnp.stack(keys))
     env_seeds = env_seeds_of(seeds, start_step, args.num_envs)
     eval_seeds = [evaluation_seed(seed) for seed in seeds]
 

@@ -647,7 +647,7 @@ def check_args(args):
 
 @contextlib.contextmanager
 def writing(path):
-    """An error in writing the run's own files ends it with one line. Its last checkpoint is whole."""
+    """An error in writing the run's own files ends it with one line."""
     try:
         yield
     except OSError as error:
