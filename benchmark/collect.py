@@ -5,18 +5,20 @@ python benchmark/collect.py --runs out/*/runs/* --csv benchmark/results/small_se
 python benchmark/collect.py --csv benchmark/results/small_setting.csv --write-readme
 
 A run without evaluations, still running or failed, is named and left out.
-It needs neither the scripts' libraries nor a GPU: a script's defaults are read from its source.
+It needs neither the scripts' libraries nor a GPU: a script's defaults are read from its source. Only
+baselines/diffusion_continuous_action.py, whose defaults are its methods', is imported.
 """
 
 import ast
 import csv
 import functools
+import importlib.util
 import json
 import re
 import shlex
 import statistics
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
@@ -108,6 +110,20 @@ def defaults_of(script, preset=None):
     return defaults | for_preset
 
 
+@functools.cache
+def defaults_of_method(script, method, preset=None):
+    """As defaults_of, of a script of several methods, which knows itself what they differ in."""
+    path = ROOT / script
+    if not path.is_file():
+        return None
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # its dataclasses ask for it
+    spec.loader.exec_module(module)
+    defaults = asdict(module.default_args(method, preset))
+    return defaults | {"method": None, "preset": None}  # a command names them
+
+
 def words_of(name, value):
     """A field of the configuration on the command line."""
     flag = name.replace("_", "-")
@@ -126,7 +142,10 @@ def command_of(config):
     Without a known default, as in a script that was copied elsewhere, every field that has a value.
     """
     script = script_of(config)
-    defaults = defaults_of(script, config.get("preset") or config.get("algo"))
+    if "method" in config:
+        defaults = defaults_of_method(script, config["method"], config.get("preset"))
+    else:
+        defaults = defaults_of(script, config.get("preset") or config.get("algo"))
     config = config | {"seed": config.get("first_seed", config["seed"])}  # several seeds have one command
     words = ["python", script]
     for name, value in config.items():

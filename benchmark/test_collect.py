@@ -118,6 +118,20 @@ def test_a_preset_that_is_made_of_another():
     assert words == "--preset peaks --climb-steps 2".split()
 
 
+@pytest.mark.parametrize("preset", [None, "laptop"])
+@pytest.mark.parametrize("method", ["sdac", "dipo"])
+def test_a_method_stands_for_its_values(method, preset):
+    script = "baselines/diffusion_continuous_action.py"
+    defaults = collect.defaults_of_method(script, method, preset)
+    assert defaults["schedule"] == {"sdac": "linear", "dipo": "cosine"}[method]
+    assert defaults["hidden_dim"] == (64 if preset == "laptop" else 256)
+    config = {"script": Path(script).name, "method": method, "preset": preset, "seed": 2, "gamma": 0.9}
+    script, words = words_of_command(defaults | config)
+    assert script == "baselines/diffusion_continuous_action.py"
+    for_preset = ["--preset", "laptop"] if preset else []
+    assert words == ["--method", method, "--seed", "2", *for_preset, "--gamma", "0.9"]
+
+
 def test_a_script_that_was_copied_elsewhere_keeps_its_flags():
     script, words = words_of_command(CONFIG | {"script": "my_som.py", "num_envs": 4, "autotune": False})
     assert script == "my_som.py"
