@@ -353,9 +353,10 @@ class ReplayBuffer:
     """Transitions, a row each, on the training device and, for --resume, in a file.
 
     Time limits are not `terminated`: they bootstrap. Only the last buffer_size rows are sampled.
-    A checkpoint holds the number of rows, not the rows, and the run goes on overwriting the oldest.
-    So there are 2 * checkpoint_frequency rows more than are sampled: what the two kept checkpoints
-    need is still there. The counter is on the device as well: adding and sampling never wait for the host.
+    A checkpoint holds only the number of rows: to resume from it, the buffer_size rows before it
+    must still be there. The older of the two kept checkpoints lies up to 2 * checkpoint_frequency
+    steps back, so there are that many rows more than are sampled. The counter is on the device as
+    well: adding and sampling never wait for the host.
     """
 
     def __init__(self, args, obs_dim, act_dim, device, file, num_added):
@@ -364,8 +365,8 @@ class ReplayBuffer:
         # every column begins at a multiple of 16 bytes, so that compiled kernels read it in place
         self.padded_widths = [4 * math.ceil(width / 4) for width in self.widths]
         self.row_width = sum(self.padded_widths)
-        # a shorter run needs only total_timesteps rows. They never wrap around: a row's slot is its
-        # number, and stays so when --resume with more steps makes room for more
+        # a run shorter than that needs only total_timesteps rows. Such a buffer never wraps around, so
+        # that row i stays in slot i when --resume with more steps makes the buffer larger
         num_rows = min(args.buffer_size + 2 * args.checkpoint_frequency, args.total_timesteps)
         # checkpoints can be a step late, see is_due; and one step to spare
         num_steps = math.ceil(num_rows / args.num_envs) + 2
@@ -375,10 +376,11 @@ class ReplayBuffer:
         else:
             self.on_host = map_file(file, (num_rows, self.row_width), num_added)
         self.rows = torch.from_numpy(self.on_host).to(device)  # on the CPU the same memory
-        # an iteration begins by adding the rows of the previous step (see add_and_act), so the
-        # device's counter begins one step back, and the first add() makes it num_added. A resumed run
-        # stores its last step once more. A new one has none: zeros go to slots -num_envs to -1, the
-        # last ones, and with the counter at 0 they are not sampled
+        # the device is one step behind the host: an iteration begins by adding the previous step's
+        # rows (see add_and_act). So its counter begins num_envs too low, and the first add() makes it
+        # num_added. In a resumed run that add() stores the last step for the second time. A new run
+        # has no previous step: zeros go to the last num_envs slots, as the counter is negative, and
+        # are not sampled
         self.num_added = torch.tensor(num_added - args.num_envs, device=device)
         self.step_rows = torch.arange(args.num_envs, device=device)  # 0, 1, ... in a step
 
@@ -718,7 +720,7 @@ if __name__ == "__main__":
     source = args.resume or args.evaluate
     if source is not None:
         run_folder = Path(source) if Path(source).is_dir() else Path(source).parent
-        # the lock is a file: none in a folder without checkpoints, which load_checkpoint refuses
+        # locking creates a file: not in a folder without checkpoints, which load_checkpoint refuses
         if args.resume is not None and (Path(source).is_file() or any(run_folder.glob("checkpoint_[0-9]*.pt"))):
             with writing(run_folder):
                 lock = lock_run(run_folder)  # for as long as this variable lives

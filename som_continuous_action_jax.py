@@ -691,10 +691,10 @@ class ReplayBuffer:
 
     Training samples from the ring that to_device() makes. Time limits are not `terminated`: they
     bootstrap. Only the last buffer_size rows are sampled.
-    A checkpoint holds the number of rows, not the rows, and the run goes on overwriting the oldest.
-    So there are 2 * checkpoint_frequency rows more than are sampled: what the two kept checkpoints
-    need is still there. The rows of a step are those of the first seed's environments, then of the
-    second's, and so on.
+    A checkpoint holds only the number of rows: to resume from it, the buffer_size rows before it
+    must still be there. The older of the two kept checkpoints lies up to 2 * checkpoint_frequency
+    steps back, so there are that many rows more than are sampled. The rows of a step are those of
+    the first seed's environments, then of the second's, and so on.
     """
 
     def __init__(self, args, obs_dim, act_dim, file, num_added):
@@ -703,8 +703,8 @@ class ReplayBuffer:
         self.num_envs = args.num_envs
         self.widths = [obs_dim, obs_dim, act_dim, 1, 1]  # of the fields of Batch
         self.row_width = sum(self.widths)
-        # a shorter run needs only total_timesteps rows. They never wrap around: a row's slot is its
-        # number, and stays so when --resume with more steps makes room for more
+        # a run shorter than that needs only total_timesteps rows. Such a buffer never wraps around, so
+        # that row i stays in slot i when --resume with more steps makes the buffer larger
         num_rows = min(args.buffer_size + 2 * args.checkpoint_frequency, args.total_timesteps)
         # checkpoints can be a step late, see is_due; and one step to spare
         num_steps = math.ceil(num_rows / args.num_envs) + 2

@@ -10,7 +10,7 @@ The policy is a diffusion model of T steps. It is not taught where to go: the cr
 them, and the entropy, which such a policy does not have in closed form, is kept up by noise on its actions:
 
     act       a = clip(a_0 + noise_scale lambda xi), a_0 from a_T ~ N(0, I) by T denoising steps, xi ~ N(0, I)
-    critic    y = r + gamma (1 - terminated) Q'(s', a'), a' as in act; a distribution of returns, not their mean alone
+    critic    y = scaled reward + gamma (1 - terminated) min Q'(s', a'), a' as in act; Q is a distribution of returns
     actor     -min Q(s, a), a as in act, differentiated by the weights in all T steps
     lambda    moved until the entropy of actions, that of a Gaussian mixture fitted to them, is target_entropy
 
@@ -83,12 +83,12 @@ class Args:
     reward_scale: float = 0.2  # factor on the reward
     policy_lr: float = 3e-4  # learning rate of the policy
     q_lr: float = 3e-4  # learning rate of the critics
-    hidden_dim: int = 256  # width of a hidden layer  # differs from the paper: Mish in place of GELU
+    hidden_dim: int = 256  # width of a hidden layer, with GELU  # differs from the paper: Mish
     num_layers: int = 3  # hidden layers of policy and critics
     num_frequencies: int = 8  # sines and cosines of the step k, from 1 rad per step down
     num_diffusion_steps: int = 20  # steps from noise to action (T)
     schedule: Literal["linear", "vp", "cosine"] = "vp"  # of the noise
-    noise_scale: float = 0.1  # std of the noise on actions over lambda; the released code: also 0.15
+    noise_scale: float = 0.1  # the noise on actions has std noise_scale lambda
     autotune: bool = True  # move lambda, from initial_lambda on; without, it is 1 throughout
     initial_lambda: float = 3.0  # lambda at the start, if it moves
     alpha_lr: float = 3e-2  # learning rate of log lambda
@@ -202,8 +202,9 @@ Diffusion = namedtuple("Diffusion", "mu sigma c0 c1 std bound")
 def diffusion(num_steps, schedule, scale=0.8, bound=1.0, device=None):
     """The coefficients of num_steps denoising steps (DDPM, https://arxiv.org/abs/2006.11239, Eq 4 and 7).
 
-    schedule: "linear" in beta, up to scale (SDAC, DPMD); "vp", the VP SDE in steps (QSM, DACER); or
-    "cosine" (DIPO, QVPO; https://arxiv.org/abs/2102.09672, Eq 17).
+    schedule: "linear" in beta, up to scale (SDAC, DPMD); "vp", the VP SDE in T steps (QSM, DACER;
+    https://arxiv.org/abs/2011.13456, Eq 11); or "cosine" (DIPO, QVPO; https://arxiv.org/abs/2102.09672,
+    Eq 17).
     """
     k = torch.arange(1, num_steps + 1, dtype=torch.float64, device=device)
     share = torch.arange(num_steps + 1, dtype=torch.float64, device=device) / num_steps
@@ -212,8 +213,9 @@ def diffusion(num_steps, schedule, scale=0.8, bound=1.0, device=None):
     elif schedule == "vp":
         beta_min = 0.1
         beta_max = 10.0
-        slope = 0.5 * (beta_max - beta_min) * (2 * k - 1) / num_steps**2
-        beta = -torch.expm1(-beta_min / num_steps - slope)
+        # 1 - exp(-integral over step k) of a beta(t) that rises linearly from beta_min to beta_max
+        rise = 0.5 * (beta_max - beta_min) * (2 * k - 1) / num_steps**2
+        beta = -torch.expm1(-beta_min / num_steps - rise)
     else:
         f = torch.cos((share + 0.008) / 1.008 * math.pi / 2).square()
         ratio = f[1:] / f[:-1]
@@ -308,7 +310,7 @@ def k_means(x, num_components, num_rounds=10):
     nearest = torch.zeros(B, n, dtype=x.dtype, device=x.device)  # squared distance to a centre
     centres = []
     for _ in range(num_components):
-        # the constant lets a point be drawn where all of them are one
+        # the constant: all weights are 0 for the first centre, and where all points coincide
         index = torch.multinomial(nearest + 1e-12, 1).unsqueeze(-1)  # (B, 1, 1)
         centre = x.gather(1, index.expand(B, 1, A))
         distance = (x - centre).square().sum(dim=-1)  # (B, n)
@@ -459,7 +461,7 @@ class Agent(nn.Module):
         """The policy, then the critics' moving averages."""
         B, A = batch.actions.shape
         noise = torch.randn(self.args.num_diffusion_steps, B, 1, A, device=self.device)
-        draws = (noise, self.noise_on(noise[0]))
+        draws = (noise, self.noise_on(noise[0]))  # of noise[0] the shape alone counts
         loss, info = self.dacer_loss(self.actor, self.q_fn, batch.obs, *draws, self.diffusion)
         self.descend("actor", loss)
         soft_update(self.target_critic, self.critic, self.args.tau)
@@ -492,9 +494,10 @@ class ReplayBuffer:
     """Transitions, a row each, on the training device and, for --resume, in a file.
 
     Time limits are not `terminated`: they bootstrap. Only the last buffer_size rows are sampled.
-    A checkpoint holds the number of rows, not the rows, and the run goes on overwriting the oldest.
-    So there are 2 * checkpoint_frequency rows more than are sampled: what the two kept checkpoints
-    need is still there. The counter is on the device as well: adding and sampling never wait for the host.
+    A checkpoint holds only the number of rows: to resume from it, the buffer_size rows before it
+    must still be there. The older of the two kept checkpoints lies up to 2 * checkpoint_frequency
+    steps back, so there are that many rows more than are sampled. The counter is on the device as
+    well: adding and sampling never wait for the host.
     """
 
     def __init__(self, args, obs_dim, act_dim, device, file, num_added):
@@ -503,8 +506,8 @@ class ReplayBuffer:
         # every column begins at a multiple of 16 bytes, so that compiled kernels read it in place
         self.padded_widths = [4 * math.ceil(width / 4) for width in self.widths]
         self.row_width = sum(self.padded_widths)
-        # a shorter run needs only total_timesteps rows. They never wrap around: a row's slot is its
-        # number, and stays so when --resume with more steps makes room for more
+        # a run shorter than that needs only total_timesteps rows. Such a buffer never wraps around, so
+        # that row i stays in slot i when --resume with more steps makes the buffer larger
         num_rows = min(args.buffer_size + 2 * args.checkpoint_frequency, args.total_timesteps)
         # checkpoints can be a step late, see is_due; and one step to spare
         num_steps = math.ceil(num_rows / args.num_envs) + 2
@@ -514,10 +517,11 @@ class ReplayBuffer:
         else:
             self.on_host = map_file(file, (num_rows, self.row_width), num_added)
         self.rows = torch.from_numpy(self.on_host).to(device)  # on the CPU the same memory
-        # an iteration begins by adding the rows of the previous step (see add_and_act), so the
-        # device's counter begins one step back, and the first add() makes it num_added. A resumed run
-        # stores its last step once more. A new one has none: zeros go to slots -num_envs to -1, the
-        # last ones, and with the counter at 0 they are not sampled
+        # the device is one step behind the host: an iteration begins by adding the previous step's
+        # rows (see add_and_act). So its counter begins num_envs too low, and the first add() makes it
+        # num_added. In a resumed run that add() stores the last step for the second time. A new run
+        # has no previous step: zeros go to the last num_envs slots, as the counter is negative, and
+        # are not sampled
         self.num_added = torch.tensor(num_added - args.num_envs, device=device)
         self.step_rows = torch.arange(args.num_envs, device=device)  # 0, 1, ... in a step
 
@@ -857,7 +861,7 @@ if __name__ == "__main__":
     source = args.resume or args.evaluate
     if source is not None:
         run_folder = Path(source) if Path(source).is_dir() else Path(source).parent
-        # the lock is a file: none in a folder without checkpoints, which load_checkpoint refuses
+        # locking creates a file: not in a folder without checkpoints, which load_checkpoint refuses
         if args.resume is not None and (Path(source).is_file() or any(run_folder.glob("checkpoint_[0-9]*.pt"))):
             with writing(run_folder):
                 lock = lock_run(run_folder)  # for as long as this variable lives

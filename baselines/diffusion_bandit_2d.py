@@ -84,6 +84,7 @@ class Args:
     policy_tau: float = 0.005  # SDAC: rate of the moving average of the policy that acts
     inverse_temperature: float = 10.0  # SDAC: alpha
     num_samples: int = 128  # SDAC: noises in the weighted mean (K)
+    # SDAC's K actions are drawn inside the box, or clipped to it
     proposals: Literal["truncated", "clipped"] = "truncated"  # SDAC  # differs from the released code: clipped
 
 
@@ -224,7 +225,9 @@ class DiffusionActor(EnsembleMLP):
 # mu, sigma: a_k = mu[k] a_0 + sigma[k] eps. a_{k-1} = c0[k] a_0 + c1[k] a_k + std[k] z given both.
 # Each is (T + 1,), and k = 0 the action. Actions live in [-bound, bound]^A
 Diffusion = namedtuple("Diffusion", "mu sigma c0 c1 std bound")
-# all that is random in a regression, for R rows of it: k, eps (R, .), uniform (B, M, A), chains (T, B, K, A)
+# all that is random in a regression of R rows: steps k (R, 1), noise eps (R, A), uniform (B, M, A) for the K
+# noises of SDAC or the M uniform actions of QVPO, and chains (T, B, K, A) for QVPO's own actions. R is B, of
+# QVPO B (1 + M)
 Draws = namedtuple("Draws", "k eps uniform chains")
 # what moves while an agent learns: lambda, DPMD's running mean and std of Q (2,), the share of the run that is over
 State = namedtuple("State", "lam q_stats progress")
@@ -236,8 +239,9 @@ Batch = namedtuple("Batch", "obs actions")
 def diffusion(num_steps, schedule, scale=0.8, bound=1.0, device=None):
     """The coefficients of num_steps denoising steps (DDPM, https://arxiv.org/abs/2006.11239, Eq 4 and 7).
 
-    schedule: "linear" in beta, up to scale (SDAC, DPMD); "vp", the VP SDE in steps (QSM, DACER); or
-    "cosine" (DIPO, QVPO; https://arxiv.org/abs/2102.09672, Eq 17).
+    schedule: "linear" in beta, up to scale (SDAC, DPMD); "vp", the VP SDE in T steps (QSM, DACER;
+    https://arxiv.org/abs/2011.13456, Eq 11); or "cosine" (DIPO, QVPO; https://arxiv.org/abs/2102.09672,
+    Eq 17).
     """
     k = torch.arange(1, num_steps + 1, dtype=torch.float64, device=device)
     share = torch.arange(num_steps + 1, dtype=torch.float64, device=device) / num_steps
@@ -246,8 +250,9 @@ def diffusion(num_steps, schedule, scale=0.8, bound=1.0, device=None):
     elif schedule == "vp":
         beta_min = 0.1
         beta_max = 10.0
-        slope = 0.5 * (beta_max - beta_min) * (2 * k - 1) / num_steps**2
-        beta = -torch.expm1(-beta_min / num_steps - slope)
+        # 1 - exp(-integral over step k) of a beta(t) that rises linearly from beta_min to beta_max
+        rise = 0.5 * (beta_max - beta_min) * (2 * k - 1) / num_steps**2
+        beta = -torch.expm1(-beta_min / num_steps - rise)
     else:
         f = torch.cos((share + 0.008) / 1.008 * math.pi / 2).square()
         ratio = f[1:] / f[:-1]

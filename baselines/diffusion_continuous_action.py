@@ -13,7 +13,8 @@ Five of the six diffusion baselines of SOM (https://arxiv.org/abs/2605.23365) ar
 and differ only in where (s, a_0), the target eps and the weight come from. So a method is a function that
 returns a Regression(obs, a_k, k, eps, weight), and the five stand side by side:
 
-    sdac   (s, a_0) of the buffer; eps a mean of noises that lead to a_k, by exp(alpha Q) of their actions
+    sdac   (s, a_0) of the buffer; eps the mean of K noises eps_j, weighted by exp(alpha Q(s, a_j)), where
+           a_j is the action that eps_j turns into a_k
     dpmd   (s', a'), the action of the TD target; eps its noise; weight exp(Q / lambda), Q standardised
     qsm    (s, a_0) of the buffer; eps = -alpha sigma_k grad Q(s, a_k)
     dipo   the buffer's s, and its action moved up Q, again and again; eps its noise
@@ -22,7 +23,7 @@ returns a Regression(obs, a_k, k, eps, weight), and the five stand side by side:
 The rest is one, SOM's protocol (its Table 3). What else differs is data, in the table PRESETS.
 
     act    a = argmax_i Q(s, a_i) of N chains of T denoising steps from N(0, I), then exploration noise
-    critic y = r + gamma (1 - terminated) min Q'(s', a'), a' a best of N too, Q' the target networks
+    critic y = scaled reward + gamma (1 - terminated) min Q'(s', a'), a' as in act, Q' the targets
 
 The sixth, DACER, differentiates its critic through the chain instead, and has a file of its own. Elsewhere
 here one file is one method; this one breaks that rule, so that the five can be read against each other.
@@ -97,7 +98,7 @@ class Args:
     updates_per_step: int = 1  # critic updates per step of all environments
     policy_frequency: int = 2  # critic updates per policy update
     gamma: float = 0.99  # discount factor
-    tau: float = 0.005  # rate of all moving averages; they move with the policy
+    tau: float = 0.005  # rate of the networks' moving averages; they move with the policy
     reward_scale: float = 0.2  # factor on the reward
     policy_lr: float = 3e-4  # learning rate of the policy
     q_lr: float = 3e-4  # learning rate of the critics
@@ -110,7 +111,7 @@ class Args:
     eval_best_of_n: int = 32  # candidate actions in evaluation
     policy_q: Literal["mean", "min"] = "min"  # of the twins, in the regression and best-of-N
     acting: Literal["online", "target"] = "target"  # policy that acts; target: the moving average
-    bootstrap: Literal["online", "target"] = "online"  # policy, and best-of-N's critics, of a'
+    bootstrap: Literal["online", "target"] = "online"  # networks that a' and its best-of-N are of
     noise_scale: float = 0.1  # of exploration and a': the noise's std is noise_scale lambda
     autotune: bool = True  # move lambda, from initial_lambda on; without, it is 1 throughout
     initial_lambda: float = 5.0  # lambda at the start, if it moves
@@ -119,6 +120,7 @@ class Args:
     target_entropy: float = -0.9  # of the exploration noise, nats per action coordinate: its std ends at 0.098
     num_samples: int = 64  # SDAC: noises in the weighted mean; QVPO: own actions to choose from (K)
     inverse_temperature: float = 5.0  # SDAC: alpha = inverse_temperature / lambda
+    # SDAC's K actions are drawn inside the box, or clipped to it
     proposals: Literal["truncated", "clipped"] = "truncated"  # SDAC  # differs from the released code: clipped
     dpmd_norm: Literal["standard", "released"] = "standard"  # DPMD: (Q - m) / s; released code: Q - m / s
     qsm_scale: float = 10.0  # QSM: alpha, with the gradient in units of its mean size
@@ -126,14 +128,14 @@ class Args:
     action_lr: float = 0.03  # DIPO: their length in every coordinate
     entropy_samples: int = 10  # QVPO: uniform actions for every best one
     entropy_coef: float = 0.02  # QVPO: their weight over the best one's, at the start of the run
-    final_entropy_coef: float = 0.002  # QVPO: where that weight, which falls linearly to 0, stops
+    final_entropy_coef: float = 0.002  # QVPO: floor of that weight, which falls linearly towards 0
     eval_frequency: int = 100_000  # environment steps between evaluations; the last is at the end
 
 
 # What the methods differ in besides their regression. All else is SOM's protocol, its Table 3.
-# differs from the released code: QSM has T = 5, and clips a_k in every step, not a_0. DIPO and QVPO clip
-# the norm of their gradients. DIPO moves rows of a draw of their own, and evaluates without noise after
-# a_T. SDAC and DPMD start chains from noise of std 0.5, and let the policy's learning rate fall
+# differs from the released codes. There QSM has T = 5, and clips a_k in every step, not a_0. DIPO and QVPO
+# clip the norm of their gradients there. DIPO draws a batch of its own to move actions, and evaluates
+# without noise after a_T. SDAC and DPMD start from noise of std 0.5; their policy's learning rate falls
 PRESETS = {
     "sdac": dict(schedule="linear", acting="target", bootstrap="online", best_of_n=32),
     "dpmd": dict(schedule="linear", acting="target", bootstrap="online", best_of_n=32),
@@ -250,7 +252,9 @@ class DiffusionActor(EnsembleMLP):
 # mu, sigma: a_k = mu[k] a_0 + sigma[k] eps. a_{k-1} = c0[k] a_0 + c1[k] a_k + std[k] z given both.
 # Each is (T + 1,), and k = 0 the action. Actions live in [-bound, bound]^A
 Diffusion = namedtuple("Diffusion", "mu sigma c0 c1 std bound")
-# all that is random in a regression, for R rows of it: k, eps (R, .), uniform (B, M, A), chains (T, B, K, A)
+# all that is random in a regression of R rows: steps k (R, 1), noise eps (R, A), uniform (B, M, A) for the K
+# noises of SDAC or the M uniform actions of QVPO, and chains (T, B, K, A) for QVPO's own actions. R is B, of
+# QVPO B (1 + M)
 Draws = namedtuple("Draws", "k eps uniform chains")
 # what moves while an agent learns: lambda, DPMD's running mean and std of Q (2,), the share of the run that is over
 State = namedtuple("State", "lam q_stats progress")
@@ -261,8 +265,9 @@ Regression = namedtuple("Regression", "obs a_k k eps weight")
 def diffusion(num_steps, schedule, scale=0.8, bound=1.0, device=None):
     """The coefficients of num_steps denoising steps (DDPM, https://arxiv.org/abs/2006.11239, Eq 4 and 7).
 
-    schedule: "linear" in beta, up to scale (SDAC, DPMD); "vp", the VP SDE in steps (QSM, DACER); or
-    "cosine" (DIPO, QVPO; https://arxiv.org/abs/2102.09672, Eq 17).
+    schedule: "linear" in beta, up to scale (SDAC, DPMD); "vp", the VP SDE in T steps (QSM, DACER;
+    https://arxiv.org/abs/2011.13456, Eq 11); or "cosine" (DIPO, QVPO; https://arxiv.org/abs/2102.09672,
+    Eq 17).
     """
     k = torch.arange(1, num_steps + 1, dtype=torch.float64, device=device)
     share = torch.arange(num_steps + 1, dtype=torch.float64, device=device) / num_steps
@@ -271,8 +276,9 @@ def diffusion(num_steps, schedule, scale=0.8, bound=1.0, device=None):
     elif schedule == "vp":
         beta_min = 0.1
         beta_max = 10.0
-        slope = 0.5 * (beta_max - beta_min) * (2 * k - 1) / num_steps**2
-        beta = -torch.expm1(-beta_min / num_steps - slope)
+        # 1 - exp(-integral over step k) of a beta(t) that rises linearly from beta_min to beta_max
+        rise = 0.5 * (beta_max - beta_min) * (2 * k - 1) / num_steps**2
+        beta = -torch.expm1(-beta_min / num_steps - rise)
     else:
         f = torch.cos((share + 0.008) / 1.008 * math.pi / 2).square()
         ratio = f[1:] / f[:-1]
@@ -351,7 +357,7 @@ def q_gradient(q_fn, obs, a):
     def total(a):
         return q_fn(obs, a.unsqueeze(1)).sum()
 
-    # no_grad: no graph to the critic's weights is built. func.grad differentiates all the same
+    # update_actor's no_grad spares the graph to the critic's weights. func.grad differentiates all the same
     return torch.func.grad(total)(a)
 
 
@@ -405,7 +411,7 @@ def dpmd(q_fn, eps_fn, batch, draws, state, d, args):
     mean, std = state.q_stats
     if args.dpmd_norm == "standard":
         n = (q - mean) / (std + 1e-6)
-    else:  # all weights are equal as soon as Q exceeds 3
+    else:  # all weights are equal as soon as every Q exceeds 3 + mean / std
         n = q - mean / std
     weight = (n.clamp(-3, 3) / state.lam).exp()
     batch_stats = torch.stack([q.mean(), q.std(correction=0)])
@@ -422,7 +428,8 @@ def qsm(q_fn, eps_fn, batch, draws, state, d, args):
     a_k = noised(batch.actions, draws.eps, draws.k, d)
     gradient = q_gradient(q_fn, batch.obs, a_k.clamp(-d.bound, d.bound))
     size = gradient.abs().mean()
-    # differs from the paper: -M_q gradient, neither sigma nor the size of the gradient, nor the box
+    # differs from the paper: there eps_hat is -M_q grad Q(s, a_k) with a constant M_q, without sigma, without
+    # the gradient's size, and outside the box as well
     eps_hat = -args.qsm_scale * d.sigma[draws.k] * gradient / (size + 1e-6)
     info = {"regression/q_gradient": size}
     weight = a_k.new_ones(len(a_k))
@@ -432,7 +439,8 @@ def qsm(q_fn, eps_fn, batch, draws, state, d, args):
 def dipo(q_fn, eps_fn, batch, draws, state, d, args):
     """Imitation of the buffer's actions, moved up Q by Adam (https://arxiv.org/abs/2305.13122).
 
-    info["best_actions"] takes the place of what was drawn: the next time they move on from there.
+    They are kept beside the rows, whose own actions stay: info["best_actions"] is written back there,
+    and the next time that a row is drawn its action moves on from there.
     """
     a = batch.best_actions
     mean = torch.zeros_like(a)
@@ -643,9 +651,10 @@ class ReplayBuffer:
     """Transitions, a row each, on the training device and, for --resume, in a file.
 
     Time limits are not `terminated`: they bootstrap. Only the last buffer_size rows are sampled.
-    A checkpoint holds the number of rows, not the rows, and the run goes on overwriting the oldest.
-    So there are 2 * checkpoint_frequency rows more than are sampled: what the two kept checkpoints
-    need is still there. The counter is on the device as well: adding and sampling never wait for the host.
+    A checkpoint holds only the number of rows: to resume from it, the buffer_size rows before it
+    must still be there. The older of the two kept checkpoints lies up to 2 * checkpoint_frequency
+    steps back, so there are that many rows more than are sampled. The counter is on the device as
+    well: adding and sampling never wait for the host.
 
     best_actions are DIPO's second buffer: the actions of the rows, moved. They go into checkpoints.
     """
@@ -656,8 +665,8 @@ class ReplayBuffer:
         # every column begins at a multiple of 16 bytes, so that compiled kernels read it in place
         self.padded_widths = [4 * math.ceil(width / 4) for width in self.widths]
         self.row_width = sum(self.padded_widths)
-        # a shorter run needs only total_timesteps rows. They never wrap around: a row's slot is its
-        # number, and stays so when --resume with more steps makes room for more
+        # a run shorter than that needs only total_timesteps rows. Such a buffer never wraps around, so
+        # that row i stays in slot i when --resume with more steps makes the buffer larger
         num_rows = min(args.buffer_size + 2 * args.checkpoint_frequency, args.total_timesteps)
         # checkpoints can be a step late, see is_due; and one step to spare
         num_steps = math.ceil(num_rows / args.num_envs) + 2
@@ -669,10 +678,11 @@ class ReplayBuffer:
         self.rows = torch.from_numpy(self.on_host).to(device)  # on the CPU the same memory
         width = act_dim if args.method == "dipo" else 0  # of no use to the other methods
         self.best_actions = torch.zeros(num_rows, width, device=device)
-        # an iteration begins by adding the rows of the previous step (see add_and_act), so the
-        # device's counter begins one step back, and the first add() makes it num_added. A resumed run
-        # stores its last step once more. A new one has none: zeros go to slots -num_envs to -1, the
-        # last ones, and with the counter at 0 they are not sampled
+        # the device is one step behind the host: an iteration begins by adding the previous step's
+        # rows (see add_and_act). So its counter begins num_envs too low, and the first add() makes it
+        # num_added. In a resumed run that add() stores the last step for the second time. A new run
+        # has no previous step: zeros go to the last num_envs slots, as the counter is negative, and
+        # are not sampled
         self.num_added = torch.tensor(num_added - args.num_envs, device=device)
         self.step_rows = torch.arange(args.num_envs, device=device)  # 0, 1, ... in a step
 
@@ -1040,7 +1050,7 @@ if __name__ == "__main__":
     source = args.resume or args.evaluate
     if source is not None:
         run_folder = Path(source) if Path(source).is_dir() else Path(source).parent
-        # the lock is a file: none in a folder without checkpoints, which load_checkpoint refuses
+        # locking creates a file: not in a folder without checkpoints, which load_checkpoint refuses
         if args.resume is not None and (Path(source).is_file() or any(run_folder.glob("checkpoint_[0-9]*.pt"))):
             with writing(run_folder):
                 lock = lock_run(run_folder)  # for as long as this variable lives
