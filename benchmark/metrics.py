@@ -1,9 +1,10 @@
 """What the logged metrics are in runs that went well: their means between two steps, from the runs' TensorBoard files.
 
     python benchmark/metrics.py --csv benchmark/results/metrics.csv --runs out/*/runs/* --steps 150000 200000
+    python benchmark/metrics.py --csv table.csv --runs out/*/runs/* --steps 0 100000 900000 1000000
 
-A row is a metric, a column a setting: the mean over its runs of their means. docs/som.md shows the table beside what
-else the numbers can be, and what to do then.
+A row is a metric, a column a setting, and an environment or a range of steps where there are several: the mean over its
+runs of their means. docs/som.md shows the table beside what else the numbers can be, and what to do then.
 """
 
 import json
@@ -26,8 +27,8 @@ class MetricsArgs:
     """table to write"""
     runs: tuple[Path, ...]
     """run folders of SOM"""
-    steps: tuple[int, int] = (150_000, 200_000)
-    """first and last environment step of the mean"""
+    steps: tuple[tuple[int, int], ...] = ((150_000, 200_000),)
+    """first and last environment step of the mean, or of several"""
 
 
 def read_metrics(run):
@@ -50,29 +51,44 @@ def mean_between(points, first, last):
     return values[inside].mean() if inside.any() else np.nan
 
 
+def column_of(config, span, env_ids, spans):
+    """The setting, with what distinguishes its columns."""
+    words = [config["exp_name"]]
+    if len(env_ids) > 1:
+        words.append(config["env_id"])
+    if len(spans) > 1:
+        words.append(f"{span[0]:,} to {span[1]:,}")
+    return " ".join(words)
+
+
 def main(args):
-    first, last = args.steps
     if not args.runs:
         collect.exit_with_error("--runs needs at least one folder")
-    if not 0 <= first <= last:
-        collect.exit_with_error(f"--steps must be 0 <= first <= last, got {first} and {last}")
-    columns = {}  # {setting: {tag: means of its runs}}
+    for first, last in args.steps:
+        if not 0 <= first <= last:
+            collect.exit_with_error(f"--steps must be 0 <= first <= last, got {first} and {last}")
+    configs = {}
     for run in args.runs:
         try:
-            setting = json.loads((run / "config.json").read_text())["exp_name"]
+            config = json.loads((run / "config.json").read_text())
+            configs[run] = {name: config[name] for name in ("exp_name", "env_id")}
         except (OSError, ValueError, KeyError) as error:
             collect.exit_with_error(f"{run} is not the folder of a run: {error}")
+    env_ids = {config["env_id"] for config in configs.values()}
+    columns = {}  # {title: {tag: means of its runs}}
+    for run, config in configs.items():
         metrics = read_metrics(run)
-        column = columns.setdefault(setting, {tag: [] for tag in TAGS})
-        for tag in TAGS:
-            mean = mean_between(metrics[tag], first, last) if tag in metrics else np.nan
-            if np.isnan(mean):
-                collect.exit_with_error(f"{run} has no {tag} between the steps {first} and {last}")
-            column[tag].append(mean)
+        for span in args.steps:
+            column = columns.setdefault(column_of(config, span, env_ids, args.steps), {tag: [] for tag in TAGS})
+            for tag in TAGS:
+                mean = mean_between(metrics[tag], *span) if tag in metrics else np.nan
+                if np.isnan(mean):
+                    collect.exit_with_error(f"{run} has no {tag} between the steps {span[0]} and {span[1]}")
+                column[tag].append(mean)
     rows = []
     for tag in TAGS:
-        means = {setting: np.mean(of_setting[tag]) for setting, of_setting in columns.items()}
-        rows.append({"metric": tag, **{setting: f"{mean:.3g}" for setting, mean in means.items()}})
+        means = {title: np.mean(column[tag]) for title, column in columns.items()}
+        rows.append({"metric": tag, **{title: f"{mean:.3g}" for title, mean in means.items()}})
     collect.write(args.csv, rows)
     print(collect.markdown(args.csv))
 
