@@ -19,7 +19,8 @@ TOOLS = (
     "benchmark/sb3.py",
     "benchmark/step_time.py",
 )
-TOOLS += "benchmark/best_of_n.py", "benchmark/policy_analysis.py", "som_continuous_action_jax.py"
+TOOLS += "benchmark/best_of_n.py", "benchmark/policy_analysis.py", "benchmark/critic_error.py", "benchmark/metrics.py"
+TOOLS += ("som_continuous_action_jax.py",)
 TAG = r"(?:losses|score|velocity|actions|charts)/\w+"
 
 fences = re.findall(r"^```\w*\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
