@@ -297,7 +297,7 @@ def test_everything_is_computed_on_the_training_device(changes):
     agent.update_lambda()
     assert "losses/actor_loss" in info and "losses/qf_loss" in info
     assert "losses/actor_loss" not in som.sample_and_update(agent, rb, False)
-    tensors = actions, *info.values(), *agent.state_dict().values(), rb.rows, rb.num_added, rb.order, agent.sobol
+    tensors = actions, *info.values(), *agent.state_dict().values(), rb.rows, rb.num_added, rb.step_rows, agent.sobol
     assert {x.device.type for x in tensors} == {"meta"}
     agent.optimizers = {name: types.SimpleNamespace(zero_grad=int, step=int) for name in agent.optimizers}
     with OnlyMeta():
