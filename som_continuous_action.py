@@ -11,7 +11,7 @@ The policy turns noise into an action with ONE network evaluation. The field it 
     act       a = argmax_i Q(s, a_i), where a_i = eps_i - u(eps_i, 0, 1, s), i = 1..N              (Algorithm 1)
     critic    y = scaled reward + gamma (1 - terminated) min Q'(s', a'), a' as in act, Q' the targets (Section 4.4)
     score     grad log p_t(a_t|s) = grad_{a_t} log sum_k exp(alpha Q(s, (a_t + sigma eps_k) / mu)) (Eq 5)
-    velocity  v = -beta/2 (a_t + w score / ||score||), the probability-flow ODE, score at norm w (Eq 6, 8)
+    velocity  v = -beta/2 (a_t + w score / ||score||), the probability-flow ODE, score at norm w   (Eq 6, 8)
     target    u_tgt = v - (t - r) (v d_a u + d_t u), by one Jacobian-vector product                (Eq 7)
     actor     ||u(a_t, r, t, s) - stopgrad(u_tgt)||^2, a_t = mu a_0 + sigma eps, (s, a_0) from the replay buffer
 

@@ -11,7 +11,7 @@ The policy turns noise into an action with ONE network evaluation. The field it 
     act       a = argmax_i Q(s, a_i), where a_i = eps_i - u(eps_i, 0, 1, s), i = 1..N              (Algorithm 1)
     critic    y = scaled reward + gamma (1 - terminated) min Q'(s', a'), a' as in act, Q' the targets (Section 4.4)
     score     grad log p_t(a_t|s) = grad_{a_t} log sum_k exp(alpha Q(s, (a_t + sigma eps_k) / mu)) (Eq 5)
-    velocity  v = -beta/2 (a_t + w score / ||score||), the probability-flow ODE, score at norm w (Eq 6, 8)
+    velocity  v = -beta/2 (a_t + w score / ||score||), the probability-flow ODE, score at norm w   (Eq 6, 8)
     target    u_tgt = v - (t - r) (v d_a u + d_t u), by one Jacobian-vector product                (Eq 7)
     actor     ||u(a_t, r, t, s) - stopgrad(u_tgt)||^2, a_t = mu a_0 + sigma eps, (s, a_0) from the replay buffer
 
@@ -333,7 +333,7 @@ def estimate_box_score(q_fn, obs, a_t, mu, sigma, eps, alpha, q_norm=None, half_
         logits = alpha * q / q_scale(q, q_norm)
         return jax.nn.logsumexp(logits, axis=1).sum(), logits
 
-    # by a_0[k]: its weight times the slope of its logit, so that their sum is the mean slope
+    # the gradient by a_0[k] is its weight times its logit's slope: their sum is the mean slope
     gradients, logits = jax.grad(log_sum_exp, has_aux=True)(a_0)  # (B, K, A)
     weights = jax.nn.softmax(logits, axis=1)[..., None]  # (B, K, 1)
     weighted_mean = (weights * a_0).sum(axis=1)  # (B, A)

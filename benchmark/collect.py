@@ -110,17 +110,23 @@ def defaults_of(script, preset=None):
     return defaults | for_preset
 
 
+def load_script(path):
+    """A script as a module of its own: torch.compile keeps at most eight results for a function."""
+    name = f"{path.stem}_{len(sys.modules)}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[name] = script  # dataclasses look there
+    spec.loader.exec_module(script)
+    return script
+
+
 @functools.cache
 def defaults_of_method(script, method, preset=None):
     """As defaults_of, of a script of several methods, which knows itself what they differ in."""
     path = ROOT / script
     if not path.is_file():
         return None
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # its dataclasses ask for it
-    spec.loader.exec_module(module)
-    defaults = asdict(module.default_args(method, preset))
+    defaults = asdict(load_script(path).default_args(method, preset))
     return defaults | {"method": None, "preset": None}  # a command names them
 
 

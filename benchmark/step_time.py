@@ -23,7 +23,6 @@ policy_frequency. PPO is not among them: it has no update for each step.
     python benchmark/step_time.py --methods --no-torch-compile --csv benchmark/results/method_time.csv
 """
 
-import importlib.util
 import itertools
 import os
 import statistics
@@ -116,16 +115,6 @@ class BenchmarkArgs:
     """checkout of the first edition, to be timed beside the second"""
     csv: Path | None = None
     """also write the table to this file"""
-
-
-def load_script(path):
-    """A script as a module of its own: torch.compile keeps at most eight results for a function."""
-    name = f"{path.stem}_{len(sys.modules)}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    script = importlib.util.module_from_spec(spec)
-    sys.modules[name] = script  # dataclasses look there
-    spec.loader.exec_module(script)
-    return script
 
 
 def script_args(script, values):
@@ -366,7 +355,7 @@ def torch_works(values, options, obs_dim, act_dim, device):
 
     variants = variants_of(script_args(som, values), options, on_gpu)
     if options.first_edition is not None:
-        script = load_script(options.first_edition / "som_continuous_action.py")
+        script = collect.load_script(options.first_edition / "som_continuous_action.py")
         args = script_args(script, values | {"cuda": on_gpu, "compile": options.torch_compile})
         gflop = gflop_of(update_products(args, obs_dim, act_dim))
         starts = FirstEdition(script, args, obs_dim, act_dim, device).works()
@@ -374,7 +363,7 @@ def torch_works(values, options, obs_dim, act_dim, device):
         add("first", "compiled" if options.torch_compile else "eager", in_float32, gflop, starts)
     for variant in variants:
         for form in forms if variant == variants[0] else forms[-1:]:
-            script = load_script(ROOT / "som_continuous_action.py")
+            script = collect.load_script(ROOT / "som_continuous_action.py")
             args = script_args(script, {**values, **values_of(variant), "compile": form != "eager"})
             starts = InPyTorch(script, args, form, obs_dim, act_dim, device).works()
             if variant not in (variants[0], *variants[-2:]):  # they act and step alike
@@ -600,7 +589,7 @@ def method_works(sizes, options, obs_dim, act_dim, device):
     for method, (file, changes) in METHODS.items():
         labels = {"method": method}  # and the evaluations, which are counted where nothing is compiled
         for form in forms:
-            script = sb3 if file == SB3 else load_script(ROOT / file)
+            script = sb3 if file == SB3 else collect.load_script(ROOT / file)
             args = method_args(script, sizes, changes, options.env_id)
             if file == SB3 and form == "eager":
                 timed = InSB3(args, obs_dim, act_dim, device)

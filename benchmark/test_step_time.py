@@ -70,7 +70,7 @@ def test_only_what_is_asked_for_is_timed(tiny):
 def test_an_update_is_done_as_its_row_says(tiny, monkeypatch):
     """What reaches the score: its number of samples, their kind, the critic's dtype, reference and steps."""
     seen = []
-    load_script = step_time.load_script
+    load_script = step_time.collect.load_script
 
     def load_and_watch(path):
         script = load_script(path)
@@ -83,7 +83,7 @@ def test_an_update_is_done_as_its_row_says(tiny, monkeypatch):
         script.actor_loss = watched
         return script
 
-    monkeypatch.setattr(step_time, "load_script", load_and_watch)
+    monkeypatch.setattr(step_time.collect, "load_script", load_and_watch)
     values = {"env_id": "Pendulum-v1", "buffer_size": step_time.NUM_ROWS, **SIZES}
     works = step_time.torch_works(values, step_time.BenchmarkArgs(**QUICK), 3, 1, CPU)
     for work in works:
@@ -246,7 +246,7 @@ def test_every_method_is_timed_and_its_evaluations_are_counted():
 def test_methods_at_the_papers_sizes():
     """Table 3: 256 wide, batches of 256, N = 32, K = 100 (SOM) and 64 (SDAC, QVPO), T = 20, DIPO's 100."""
     for method, (file, changes) in step_time.METHODS.items():
-        script = step_time.sb3 if file == step_time.SB3 else step_time.load_script(step_time.ROOT / file)
+        script = step_time.sb3 if file == step_time.SB3 else step_time.collect.load_script(step_time.ROOT / file)
         args = step_time.method_args(script, "paper", changes, "Pendulum-v1")
         assert (args.hidden_dim, args.num_layers, args.batch_size) == (256, 3, 256)
         if "num_diffusion_steps" in vars(args):
