@@ -480,7 +480,10 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+TERM = pytest.param(signal.SIGTERM, marks=pytest.mark.slow)  # the script leaves it alone, and sets SIGINT to the same
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, TERM, signal.SIGINT])
 def test_workers_end_with_the_main_process(tmp_path, number):
     source = SCRIPT.read_text()
     old = "    for update in progress:\n"

@@ -4,6 +4,7 @@ import ast
 import csv
 import pathlib
 import re
+from functools import cache
 
 import pytest
 
@@ -28,16 +29,19 @@ text = re.sub(r"^```.*?^```", "", PAGE, flags=re.DOTALL | re.MULTILINE)
 spans = sorted(set(re.findall(r"`([^`\n]+)`", text)))
 
 
+@cache
 def names_of(path, kinds):
     return {node.name for node in ast.walk(ast.parse((ROOT / path).read_text())) if isinstance(node, kinds)}
 
 
+@cache
 def args_of(path):
     tree = ast.parse((ROOT / path).read_text())
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("Args")]
     return {field.target.id for field in classes[0].body if isinstance(field, ast.AnnAssign)}
 
 
+@cache
 def words_of(path):
     """All identifiers, attributes, parameters and short strings of a script."""
     found = set()
@@ -47,6 +51,7 @@ def words_of(path):
     return found
 
 
+@cache
 def tags_of(path):
     source = (ROOT / path).read_text()
     tags = set(re.findall(rf'"({TAG})"', source))
@@ -56,6 +61,7 @@ def tags_of(path):
     return tags
 
 
+@cache
 def rows_of_results():
     names = set()
     for table in "small_setting.csv", "grid.csv", "field.csv":

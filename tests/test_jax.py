@@ -1,7 +1,6 @@
 """The JAX script against the PyTorch script on the same numbers; several seeds in one process; the script as run."""
 
 import ast
-import atexit
 import contextlib
 import csv
 import dataclasses
@@ -9,27 +8,17 @@ import fcntl
 import inspect
 import json
 import math
-import os
 import pathlib
 import re
 import runpy
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import tomllib
 import types
 import warnings
 from functools import partial
 from unittest import mock
-
-# The tests compile longer than they compute: without optimization, and once for all that run the same program.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 
 import gymnasium as gym
 import jax
