@@ -78,7 +78,7 @@ class Args:
     buffer_size: int = 1_000_000  # transitions in the replay buffer
     batch_size: int = 256  # transitions in an update (B)
     updates_per_step: int = 1  # critic updates per step of all environments
-    policy_frequency: int = 1  # critic updates per policy update  # differs from the paper: 2 there
+    policy_frequency: int = 1  # critic updates per policy update  # differs from SDAC's code: 2 there
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # rate of the target critics, which are moved after each policy update
     reward_scale: float = 0.2  # factor on the reward
