@@ -93,6 +93,19 @@ def make_ppo(**changes):
     return sb3.make_ppo({"env": env, "policy_kwargs": net, "seed": 1, "device": "cpu"}, args)
 
 
+def test_sac_gets_its_arguments():
+    from stable_baselines3.common.vec_env import DummyVecEnv
+
+    env = DummyVecEnv(2 * [lambda: sb3.som.make_training_env("InvertedPendulum-v4")])
+    sizes = {"num_envs": 2, "batch_size": 32, "learning_starts": 7, "buffer_size": 100, "updates_per_step": 3}
+    args = sb3.Args(learning_rate=2e-3, **sizes)
+    model, optimizer = sb3.make_sac({"env": env, "seed": 1, "device": "cpu"}, args)
+    given = (model.batch_size, model.learning_starts, model.gradient_steps, model.replay_buffer.buffer_size * 2)
+    assert given == (32, 7, 3, 100) and model.gamma == 0.99 and model.tau == 0.005
+    rates = [x.param_groups[0]["lr"] for x in (optimizer, model.actor.optimizer, model.ent_coef_optimizer)]
+    assert rates == 3 * [2e-3]
+
+
 def test_ppo_has_the_tables_of_the_paper():
     model, _ = make_ppo()
     assert model.gamma == 0.995 and model.gae_lambda == 0.95 and model.target_kl == 0.01 and model.n_epochs == 80

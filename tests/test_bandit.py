@@ -111,16 +111,16 @@ def test_counts_of_points_made_by_hand():
 @pytest.mark.parametrize("name", TASKS)
 def test_every_high_mode_counts_its_own_centres(name):
     task = bandit.Bandit(name)
+    compass = {"N": (1, 1), "S": (1, -1), "E": (0, 1), "W": (0, -1)}
+    counted = [i for group in task.high_modes.values() for i in group]
+    assert len(set(counted)) == len(counted)
+    middles = {label: task.centres[group].mean(dim=0) for label, group in task.high_modes.items()}
     for label, group in task.high_modes.items():
         counts = task.mode_counts(task.centres[group])
         assert counts[label] == len(group)
-        compass = {"N": (1, 1), "S": (1, -1), "E": (0, 1), "W": (0, -1)}
-        middle = task.centres[group].mean(dim=0)
-        if name != "two-moons":
-            for letter in label if label.isupper() else "":
-                axis, sign = compass[letter]
-                limit = 0 if name == "eight-gaussians" else 0.6
-                assert sign * middle[axis] > -limit, label
+        for letter in label.replace("upper ", "N").replace("lower ", "S"):
+            axis, sign = compass[letter]  # on that side of the mean of all
+            assert sign * (middles[label][axis] - sum(middles.values())[axis] / 4) > 0, label
 
 
 def test_perturbations_of_the_reward():
@@ -294,6 +294,45 @@ def test_an_update_is_one_of_the_policy_and_one_of_the_critic_for_each_batch():
         torch.testing.assert_close(x, y)
 
 
+@pytest.mark.parametrize("method", ["som", "mfp"])
+def test_the_policys_loss_by_hand(method):
+    task, a_0 = bandit.Bandit("eight-gaussians"), 4 * torch.rand(32, 2) - 2
+    agent = bandit.Agent(small(oracle_critic=True, best_of_n=3), method, task)
+    torch.manual_seed(3)
+    loss = getattr(agent, f"{method}_actor_loss")(a_0)
+    torch.manual_seed(3)
+    r, t = bandit.sample_r_t(torch.rand(32, 2), agent.args.zero_r_ratio)
+    eps = torch.randn(32, 2)
+    if method == "mfp":
+        a_0 = agent.act(torch.randn(32, 3, 2))  # its own best of N, on the straight path
+    mu, sigma = ((math.pi / 2 * t).cos(), (math.pi / 2 * t).sin()) if method == "som" else (1 - t, t)
+    a_t = mu * a_0 + sigma * eps
+    v = agent.velocity(a_t, t) if method == "som" else eps - a_0
+    rows = [x.unsqueeze(1) for x in (a_t, r, t, v)]
+    u_fn = lambda *inputs: agent.actor(torch.zeros(32, 1), *inputs)  # noqa: E731
+    parts = som.meanflow_loss(u_fn, *rows)[:1] if method == "som" else mfp.mfp_loss(u_fn, *rows)[:2]
+    torch.testing.assert_close(loss, sum(part.mean() for part in parts))
+
+
+def test_the_moving_average_acts_and_follows():
+    agent = bandit.Agent(small(), "som", bandit.Bandit("eight-gaussians"))
+    before = copy.deepcopy(agent.acting_actor)
+    agent.update(4 * torch.rand(1, 32, 2) - 2, torch.rand(1, 32))
+    networks = (before, agent.actor, agent.acting_actor)
+    old, new, acting = (torch.nn.utils.parameters_to_vector(x.parameters()) for x in networks)
+    torch.testing.assert_close(acting, old + 0.9 * (new - old))  # 9 / (1 + 9) after the first update
+    assert not torch.equal(old, new)
+
+
+def test_a_reward_is_that_of_its_action(monkeypatch):
+    seen, update, task = [], bandit.Agent.update, bandit.Bandit("eight-gaussians")
+    monkeypatch.setattr(bandit.Agent, "update", lambda *inputs: seen.append(inputs[1:]) or update(*inputs))
+    bandit.train(small(total_updates=20, learning_starts=10), "som", task, 0)
+    assert len(seen) == 20
+    for actions, rewards in seen:
+        torch.testing.assert_close(rewards, task.reward(actions))
+
+
 def test_learning_rates_fall_linearly():
     task = bandit.Bandit("eight-gaussians")
     args = small(total_updates=4, policy_lr=1e-3, q_lr=2e-3)
@@ -317,6 +356,7 @@ def test_the_critic_is_updated_q_updates_times(monkeypatch, oracle, batches):
 def test_one_step_action_is_noise_minus_u_and_mfp_takes_its_best():
     task = bandit.Bandit("eight-gaussians")
     agent = bandit.Agent(small(oracle_critic=True), "mfp", task)
+    agent.acting_actor.weights[-1].data.mul_(2)  # not what is trained acts
     noise = torch.randn(10, 5, 2)
     zero = torch.zeros(10, 5, 1)
     actions = (noise - agent.acting_actor(torch.zeros(10, 1), noise, zero, zero + 1)).clamp(-bandit.BOX, bandit.BOX)
@@ -328,7 +368,8 @@ def test_one_step_action_is_noise_minus_u_and_mfp_takes_its_best():
 
 def test_shared_functions_are_equal_to_the_letter():
     shared = {
-        som: "EnsembleMLP MeanFlowActor vp_schedule cosine_schedule estimate_score pf_ode_velocity sample_r_t "
+        som: "EnsembleMLP MeanFlowActor vp_schedule cosine_schedule estimate_score q_scale truncated_normal "
+        "estimate_box_score pf_ode_velocity sample_r_t "
         "meanflow_loss best_of_n soft_update exit_with_error writing",
         mfp: "EnsembleMLP MeanFlowActor mfp_loss sample_r_t best_of_n soft_update exit_with_error writing",
     }

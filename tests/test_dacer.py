@@ -250,6 +250,15 @@ def test_entropy_is_that_of_the_actions_with_their_noise(monkeypatch):
     assert seen[0].std().item() == pytest.approx(0.2, rel=0.03)
 
 
+def test_the_entropy_is_that_of_the_policys_chains(monkeypatch):
+    seen, sample, agent, obs = [], dacer.ddpm_sample, make_agent(), torch.randn(50, O)
+    monkeypatch.setattr(dacer, "ddpm_sample", lambda *inputs: seen.append(inputs) or sample(*inputs))
+    agent.update_lambda(obs)
+    ((eps_fn, given, noise, d),) = seen
+    assert eps_fn is agent.actor and given is obs and d is agent.diffusion and noise.shape == (T, 50, 200, A)
+    assert noise.mean().abs() < 0.02 and abs(noise.std() - 1) < 0.02
+
+
 # The agent
 def test_acting_is_one_chain_and_exploring_adds_noise():
     agent, obs = make_agent(), torch.randn(200, O)

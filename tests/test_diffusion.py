@@ -269,6 +269,7 @@ def test_denoising_loss_by_hand():
     close(loss, total)
     close(info["losses/actor_loss"], total.detach())
     close(info["losses/denoising_error"], error.detach())
+    close(info["regression/target_rms"], eps.square().mean().sqrt())
     assert not any(value.requires_grad for value in info.values())
     half = slice(B // 2, None)
     regression = script.Regression(obs[half], a_k[half], k[half], eps[half], weight[half])
@@ -462,6 +463,18 @@ def test_released_dpmd_does_not_weight_at_all():
     assert sizes[0] < 0.8 and sizes[1] == pytest.approx(1)
 
 
+@pytest.mark.parametrize(("method", "state"), [("dpmd", "next_obs"), ("qsm", "obs")])
+def test_q_is_asked_in_the_states_of_its_actions(method, state):
+    args, batch, seen = make_args(method), make_batch(), []
+
+    def q_fn(obs, a):
+        seen.append(obs)
+        return smooth_q(obs, a)
+
+    script.METHODS[method](q_fn, None, batch, make_draws(args), make_state(), diffusion(4, "linear"), args)
+    assert seen and all(obs is getattr(batch, state) for obs in seen)
+
+
 # QSM
 def test_qsm_points_up_the_critic_by_the_temperature():
     d, m, v, scale = diffusion(20, "vp"), torch.tensor([0.3, -0.2], dtype=F64), 0.05, 4.0
@@ -539,7 +552,8 @@ def test_only_drawn_rows_are_overwritten(method):
         nonlocal num_steps
         rows = np.zeros((4, rb.row_width), np.float32)
         actions = rand(4, A, seed=num_steps).float().numpy()
-        rb.pack(rows, np.ones((4, O)), np.ones((4, O)), actions, np.ones(4), np.zeros(4))
+        columns = [np.full(shape, value) for shape, value in (((4, O), 0.1), ((4, O), 0.2), (4, 0.3), (4, 0.4))]
+        rb.pack(rows, *columns[:2], actions, *columns[2:])
         rb.add(torch.from_numpy(rows))
         num_steps += 1
         return torch.from_numpy(actions)
@@ -555,6 +569,8 @@ def test_only_drawn_rows_are_overwritten(method):
     def recorded(batch_size):
         batch = sample(batch_size)
         close(batch.actions, actions[batch.slots], atol=0, rtol=0)
+        for column, value in ((batch.obs, 0.1), (batch.next_obs, 0.2), (batch.rewards, 0.3), (batch.terminated, 0.4)):
+            close(column, torch.full_like(column, value), atol=1e-6, rtol=0)
         close(batch.best_actions, rb.best_actions[batch.slots], atol=0, rtol=0)
         drawn.update(batch.slots.tolist())
         return batch
@@ -631,6 +647,8 @@ def test_draws_are_uniform_steps_and_normal_noise():
     for method in ("dpmd", "qsm", "dipo"):
         draws = script.draw(make_args(method), B, A, "cpu")
         assert draws.uniform.numel() == draws.chains.numel() == 0 and draws.eps.shape == (B, A)
+    chains = script.draw(make_args("qvpo", num_samples=64), B, A, "cpu").chains
+    assert chains.mean().abs() < 0.05 and abs(chains.std() - 1) < 0.05
 
 
 def recorded_update(agent, batch, policy_is_due=True):
@@ -686,10 +704,9 @@ def scattered(agent):
 @pytest.mark.parametrize("method", METHODS)
 def test_an_update_is_made_of_its_method(method):
     bootstrap, _, pooling, std = STRUCTURE[method]
-    agent, batch = scattered(make_agent(method)), make_batch(dtype=torch.float32)
-    before = {
-        name: [x.clone() for x in getattr(agent, name).parameters()] for name in ("actor", "critic", "target_actor")
-    }
+    agent, batch = scattered(make_agent(method, q_lr=1e-3)), make_batch(dtype=torch.float32)
+    start = scattered(make_agent(method))
+    before = {name: [*getattr(start, name).parameters()] for name in ("actor", "critic", "target_actor")}
     seen = recorded_update(agent, batch)
     # a' is the best of N, by the critics of the same name, and noise
     assert seen.bootstrap_policy is (agent.actor if bootstrap == "online" else agent.target_actor)
@@ -699,6 +716,12 @@ def test_an_update_is_made_of_its_method(method):
     assert seen.critics == (agent.critic, agent.target_critic)
     assert seen.next_actions.abs().max() <= 1 and not seen.next_actions.requires_grad
     assert torch.equal(seen.next_actions, seen.chosen.clamp(-1, 1)) == (std == 0)
+    # the critic moved by Adam's first step, against the gradient of its loss
+    loss, _ = script.critic_loss(start.critic, start.target_critic, batch, seen.next_actions, agent.args)
+    gradient = torch.autograd.grad(loss, before["critic"])
+    for new, old, g in zip(seen.critic, before["critic"], gradient, strict=True):
+        large = g.abs() > 1e-5
+        close((new - old.detach())[large], -1e-3 * g.sign()[large], atol=1e-6, rtol=2e-3)
     # the regression is made with the critic as it now is, which the policy's step leaves alone
     given, _, state, d, args = seen.inputs
     assert given.next_actions is seen.next_actions and given.obs is batch.obs and args is agent.args
@@ -709,6 +732,8 @@ def test_an_update_is_made_of_its_method(method):
     with torch.no_grad():
         close(seen.q, pooled(agent.critic(batch.obs, batch.actions.unsqueeze(1)), pooling), atol=1e-6, rtol=0)
     close(state.lam, torch.tensor(5.0 if args.autotune else 1.0))
+    assert state.q_stats is agent.q_stats and state.progress is agent.progress
+    assert seen.noise.mean().abs() < 0.25 and abs(seen.noise.std() - 1) < 0.2
     # the policy moved by Adam's first step, against the gradient of the loss of this very regression
     actor = make_agent(method).actor
     loss, _ = script.denoising_loss(actor, seen.regression)
@@ -718,14 +743,16 @@ def test_an_update_is_made_of_its_method(method):
         large = g.abs() > 1e-5
         close((new - old)[large], -args.policy_lr * g.sign()[large], atol=1e-6, rtol=2e-3)
     # and the averages followed
-    for new, old, online in zip(
-        agent.target_actor.parameters(), before["target_actor"], agent.actor.parameters(), strict=True
-    ):
-        close(new.detach(), old + 0.005 * (online.detach() - old), atol=1e-7, rtol=0)
+    averages = {"target_actor": agent.actor.parameters(), "target_critic": agent.critic.parameters()}
+    for name, followed in averages.items():
+        networks = (getattr(agent, name).parameters(), getattr(start, name).parameters(), followed)
+        for new, old, online in zip(*networks, strict=True):
+            close(new.detach(), old.detach() + 0.005 * (online.detach() - old.detach()), atol=1e-7, rtol=0)
     scalars = {name: value for name, value in seen.info.items() if name != "best_actions"}
     assert all(value.ndim == 0 and torch.isfinite(value) and not value.requires_grad for value in scalars.values())
     assert ("best_actions" in seen.info) == (method == "dipo")
     close(seen.info["actions/candidate_std"], seen.candidates.std(dim=1, correction=0).mean())
+    close(seen.info["actions/saturated"], (seen.candidates.abs() > 0.99).float().mean())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -764,13 +791,17 @@ def test_acting_and_exploring(method):
 
 
 def test_lambda_follows_its_schedule():
-    """233 steps from 5 to about 0.98, whatever the policy does: the noise has 0.1 lambda."""
+    """From 5 to about 0.98, whatever the policy does: the noise has 0.1 lambda. The steps are Adam's."""
     agent = make_agent("sdac")
+    log_lambda = torch.tensor(math.log(5), requires_grad=True)
+    optimizer = torch.optim.Adam([log_lambda], lr=7e-3)
     for _ in range(300):
         agent.update_lambda()
-        lam = agent.log_lambda.exp().item()
-        if lam < 1:
-            break
+        entropy = 0.5 * math.log(2 * math.pi * math.e) + math.log(0.1) + log_lambda.item()
+        log_lambda.grad = torch.tensor(entropy + 0.9)
+        optimizer.step()
+    assert agent.log_lambda.exp().item() == pytest.approx(1.24, abs=0.01)
+    assert agent.log_lambda.item() == pytest.approx(log_lambda.item(), abs=1e-4)
     target = math.exp(-0.9) / (0.1 * math.sqrt(2 * math.pi * math.e))
     assert target == pytest.approx(0.98, abs=0.005)
     for _ in range(400):
@@ -1147,6 +1178,19 @@ OF_METHOD = {
     "sdac": "effective_sample_size", "dpmd": "effective_sample_size", "qsm": "q_gradient", "dipo": "distance",
     "qvpo": "advantage",
 }  # fmt: skip
+
+
+def test_qvpos_progress_is_the_share_of_the_run(run_loop, monkeypatch):
+    seen, fill = [], torch.Tensor.fill_
+
+    def recorded(x, value):
+        seen.append(value)
+        return fill(x, value)
+
+    monkeypatch.setattr(torch.Tensor, "fill_", recorded)
+    run_loop(*tiny("qvpo"), *"--env-id DiffusionClock-v0 --total-timesteps 60 --num-episodes 1".split())
+    shares = [step / 60 for step in range(2, 61, 2)]
+    assert [value for value in seen if value in shares] == [step / 60 for step in range(42, 61, 2)]
 
 
 @pytest.mark.parametrize("method", METHODS)

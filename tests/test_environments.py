@@ -260,6 +260,10 @@ def test_every_action_is_in_its_box_and_of_its_dtype(run, dtype):
     rb = run("Strict-v0", "--noise-scale", "2").rb
     actions = rb.on_host[:60, 8:13]
     assert (actions == -1).any() and (actions == 1).any() and np.abs(actions).max() == 1
+    # the first ones are uniform, and no policy's
+    first, later = actions[:40], actions[40:]
+    assert np.abs(first).max() < 1 and first.min() < -0.8 and first.max() > 0.8
+    assert (np.abs(later) == 1).any()
 
 
 # 8: actions that are no real numbers

@@ -270,6 +270,19 @@ def test_weighted_mean_of_the_box_is_that_of_quadrature(A, half_width, num, alph
     assert num_checked >= (30 if alpha == 1 else 12)  # of 36
 
 
+def test_the_two_estimates_of_the_box_are_mixed_by_hand():
+    mu, sigma, _, _ = som.cosine_schedule(torch.tensor([[0.1], [0.4], [0.8]], dtype=F64))
+    a_t, eps, alpha = 0.3 * randn(3, 2, seed=1), randn(3, 6, 2, seed=2), 2.0
+    q_fn = lambda obs, a: -a.square().sum(-1)  # noqa: E731
+    score, _ = som.estimate_box_score(q_fn, None, a_t, mu, sigma, eps, alpha)
+    a = som.truncated_normal(eps, a_t / mu, sigma / mu)
+    weights = (alpha * q_fn(None, a)).softmax(dim=1).unsqueeze(-1)
+    weighted_mean = (weights * a).sum(dim=1)
+    slope = (a.mean(dim=1) + a.var(dim=1) * (weights * -2 * alpha * a).sum(dim=1)).clamp(-1, 1)
+    share = sigma**2 / (sigma**2 + 0.1 * mu**2)
+    close((sigma**2 * score + a_t) / mu, share * weighted_mean + (1 - share) * slope)
+
+
 @pytest.mark.parametrize("alpha, t, bound", ((10.0, 0.02, 0.6), (2.0, 0.1, 0.7)))
 def test_the_slope_of_q_serves_where_the_weighted_mean_is_noise(alpha, t, bound):
     """Close to t = 0, 16 samples in six dimensions: the slope brings the estimate nearer to quadrature."""
@@ -811,6 +824,18 @@ def random_batch(seed, n=32, dtype=torch.float32):
     return som.Batch(*(column.to(dtype) for column in columns + rest))
 
 
+def test_the_moving_average_acts_and_the_lattice_is_fixed():
+    agent = tiny_agent(num_mc_samples=7)
+    close(agent.sobol.double(), sobol_points(7, 2), atol=1e-6)
+    with torch.no_grad():
+        for parameter in agent.acting_actor.parameters():
+            parameter.zero_()  # u = 0
+    torch.manual_seed(3)
+    _, candidates = agent.act(torch.zeros(4, 5))
+    torch.manual_seed(3)
+    close(candidates, torch.randn(4, agent.args.best_of_n, 2).clamp(-1, 1))
+
+
 @pytest.mark.parametrize("sde", ("vp", "ve"))
 def test_acting_starts_from_the_prior(sde):
     agent = tiny_agent(sde=sde, best_of_n=4)
@@ -1155,8 +1180,14 @@ def test_actor_loss_is_score_velocity_and_meanflow_in_turn(path, q_norm, policy_
         score, _ = som.estimate_score(*inputs, reference, q_norm, clip=True)
     v = som.pf_ode_velocity(a_t, score, f, g2, None if path in ("prior", "box", "peaks") else 7.0)
     rows = [x.unsqueeze(1) for x in (a_t, r, t, v)]
-    close(loss, som.meanflow_loss(lambda a, r, t: actor(batch.obs, a, r, t), *rows)[0].sum() / 32)
+    errors, dudt = som.meanflow_loss(lambda a, r, t: actor(batch.obs, a, r, t), *rows)
+    close(loss, errors.sum() / 32)
     close(info["score/norm"], score.norm(dim=1).mean())
+    close(info["velocity/norm"], v.norm(dim=1).mean())
+    close(info["velocity/dudt_ratio"], ((t - r) * dudt.squeeze(1)).norm(dim=1).mean() / v.norm(dim=1).mean())
+    for i in range(4):
+        of_bin = ((t >= i / 4) & (t < (i + 1) / 4)).flatten()
+        close(info[f"losses/actor_loss_t{i}"], errors.flatten()[of_bin].detach().mean())
 
 
 # updates

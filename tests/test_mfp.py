@@ -277,6 +277,7 @@ def test_the_policy_imitates_the_best_of_its_own_actions():
     assert not torch.equal(best, seen.candidates[rows, seen.twins.mean(dim=0).argmax(dim=1)])
     assert seen.noise.shape == (2 * B, 16, A) and not seen.best_actions.requires_grad
     close(seen.info["actions/candidate_std"], seen.candidates.std(dim=1, correction=0).mean())
+    close(seen.info["actions/saturated"], (seen.candidates.abs() > 0.99).float().mean())
     # the actor's step leaves the critic as it was, and moves the actor
     close([parameter.detach() for parameter in agent.critic.parameters()], seen.critic_weights, atol=0, rtol=0)
     assert all((a - b).abs().max() > 1e-6 for a, b in zip(agent.actor.parameters(), before, strict=True))
