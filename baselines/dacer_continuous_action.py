@@ -101,7 +101,7 @@ class Args:
 
 LAPTOP = {"total_timesteps": 200_000, "learning_starts": 5_000, "eval_frequency": 20_000}
 LAPTOP |= {"hidden_dim": 64, "batch_size": 128, "policy_lr": 1e-3, "q_lr": 1e-3, "num_envs": 4}
-LAPTOP |= {"num_diffusion_steps": 10, "policy_frequency": 1, "alpha_delay": 500}
+LAPTOP |= {"policy_frequency": 1, "alpha_delay": 500}
 
 
 def make_env(env_id, video_folder=None):

@@ -23,7 +23,8 @@ returns a Regression(obs, a_k, k, eps, weight), and the five stand side by side:
 The rest is one, SOM's protocol (its Table 3). What else differs is data, in the table PRESETS.
 
     act    a = argmax_i Q(s, a_i) of N chains of T denoising steps from N(0, I), then exploration noise
-    critic y = scaled reward + gamma (1 - terminated) min Q'(s', a'), a' as in act, Q' the targets
+    critic y = scaled reward + gamma (1 - terminated) min Q'(s', a'), Q' the targets, a' made like a; of
+           policy and moving average, sdac and dpmd act with the average, dipo and qvpo make a' with it
 
 The sixth, DACER, differentiates its critic through the chain instead, and has a file of its own. Elsewhere
 here one file is one method; this one breaks that rule, so that the five can be read against each other.
@@ -128,7 +129,7 @@ class Args:
     action_lr: float = 0.03  # DIPO: their length in every coordinate
     entropy_samples: int = 10  # QVPO: uniform actions for every best one
     entropy_coef: float = 0.02  # QVPO: their weight over the best one's, at the start of the run
-    final_entropy_coef: float = 0.002  # QVPO: floor of that weight, which falls linearly towards 0
+    final_entropy_coef: float = 0.002  # QVPO: its floor: it falls linearly towards 0
     eval_frequency: int = 100_000  # environment steps between evaluations; the last is at the end
 
 
@@ -152,15 +153,19 @@ LAPTOP = {"total_timesteps": 200_000, "learning_starts": 5_000, "eval_frequency"
 LAPTOP |= {"hidden_dim": 64, "batch_size": 128, "policy_lr": 1e-3, "q_lr": 1e-3, "num_envs": 4}
 LAPTOP |= {"num_diffusion_steps": 10, "best_of_n": 4, "eval_best_of_n": 4, "num_samples": 16}
 LAPTOP |= {"action_steps": 10, "policy_frequency": 1, "autotune": False}
+# DIPO never chooses among actions: one chain of 40 steps costs as much as the others' four of 10. QSM's
+# last step has the length of its noise's variance, with T = 10 it would jump over whole hills
+LAPTOP_OWN = {
+    "dipo": dict(best_of_n=1, eval_best_of_n=1, num_diffusion_steps=40),
+    "qsm": dict(num_diffusion_steps=20),
+}
 
 
 def default_args(method, preset=None):
     """The defaults of a method, and on top of them those of a preset."""
     defaults = {"method": method, "exp_name": method, **PRESETS[method]}
     if preset == "laptop":
-        defaults |= LAPTOP | {"preset": preset}
-        if method == "dipo":  # which never chooses among actions
-            defaults |= {"best_of_n": 1, "eval_best_of_n": 1}
+        defaults |= LAPTOP | LAPTOP_OWN.get(method, {}) | {"preset": preset}
     return Args(**defaults)
 
 
@@ -473,7 +478,8 @@ def qvpo(q_fn, eps_fn, batch, draws, state, d, args):
     q_best, best = q.max(dim=1)
     actions = candidates[torch.arange(len(best), device=best.device), best]  # (B, A)
     advantage = q_best - q.mean(dim=1)  # (B,), never negative
-    coef = (args.entropy_coef * (1 - state.progress)).clamp(min=args.final_entropy_coef)
+    lowest = min(args.entropy_coef, args.final_entropy_coef)
+    coef = (args.entropy_coef * (1 - state.progress)).clamp(min=lowest)
     M = draws.uniform.shape[1]  # uniform actions in each state
     uniform = d.bound * (2 * draws.uniform.flatten(0, 1) - 1)  # (B M, A)
     actions = torch.cat([actions, uniform.to(actions.dtype)])  # (B + B M, A)
@@ -628,7 +634,7 @@ class Agent(nn.Module):
         soft_update(self.target_critic, self.critic, self.args.tau)
         soft_update(self.target_actor, self.actor, self.args.tau)
         self.q_stats.copy_(info.pop("q_stats", self.q_stats))
-        return info | loss_info
+        return info | loss_info | {"losses/lambda": state.lam.detach()}
 
     def update_lambda(self):
         """Move lambda to where noise of std noise_scale * lambda has target_entropy: no data enter."""

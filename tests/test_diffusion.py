@@ -635,6 +635,15 @@ def test_the_weight_of_uniform_actions_falls_to_its_floor(progress, coef):
     close(regression.weight[B : B + 5], coef * regression.weight[0].expand(5))
 
 
+def test_a_weight_that_begins_below_its_floor_stays_where_it_is():
+    batch, d = make_batch(), diffusion(4, "cosine")
+    for coef in 0.0, 0.001:
+        args = make_args("qvpo", entropy_coef=coef)
+        state = make_state(progress=0.0)
+        regression, _ = script.qvpo(smooth_q, make_actor(), batch, make_draws(args), state, d, args)
+        close(regression.weight[B : B + 5], coef * regression.weight[0].expand(5))
+
+
 # The agent
 def test_draws_are_uniform_steps_and_normal_noise():
     args = make_args("sdac", num_diffusion_steps=4, num_samples=2)
@@ -1067,10 +1076,12 @@ def test_the_preset_is_that_of_mfp_but_for_the_methods():
     assert script.LAPTOP == theirs | own
     for method in METHODS:
         args = script.default_args(method, "laptop")
-        expected = script.LAPTOP | ({"best_of_n": 1, "eval_best_of_n": 1} if method == "dipo" else {})
+        expected = script.LAPTOP | script.LAPTOP_OWN.get(method, {})
         assert {name: getattr(args, name) for name in expected} == expected
         assert args.preset == "laptop" and args.noise_scale == (0 if method in ("dipo", "qvpo") else 0.1)
         assert args.schedule == script.default_args(method).schedule
+        assert args.num_diffusion_steps * args.best_of_n == (80 if method == "qsm" else 40)
+        assert args.best_of_n == args.eval_best_of_n == (1 if method == "dipo" else 4)
 
 
 def test_every_field_is_read_and_every_default_has_its_type():
@@ -1223,7 +1234,7 @@ def test_a_run_goes_on_exactly_where_it_was(run_loop, method):
     assert all(math.isfinite(value) for values in logged.values() for value in values)
     assert logged.keys() >= {
         "charts/episodic_return", "charts/eval_return", "charts/SPS", "losses/qf_loss", "losses/actor_loss",
-        f"regression/{OF_METHOD[method]}", "regression/weight", "actions/candidate_std",
+        f"regression/{OF_METHOD[method]}", "regression/weight", "actions/candidate_std", "losses/lambda",
     }  # fmt: skip
     taken = {
         name: int(x.state_dict()["state"][0]["step"])
