@@ -5,7 +5,8 @@ python benchmark/plot.py --csvs benchmark/results/small_setting.csv --out plots 
 curves.png, .svg   per environment a thin line for each seed, and a thick one for their mean; then, over more than one
                    environment, the mean min-max-normalised return and its interval as in the paper's Figure 2
 aggregate.png, .svg, from two settings on: mean and interquartile mean of normalised final returns
-results.md         final returns, mean +- 95 % interval (Student's t), and the aggregates; areas under the curves
+results.md         final returns, mean +- 95 % interval (Student's t), and the aggregates; the same of the mean return
+                   over the run, which is the area under its curve over its length
 Returns are normalised by the lowest and the highest evaluation that any run drawn has in that environment (the paper
 does not say what its minimum and maximum are of), so a number changes with the settings it is drawn beside. Intervals
 of aggregates: stratified bootstrap, which draws seeds anew within each environment; of three seeds in one environment
@@ -38,6 +39,8 @@ class PlotArgs:
     """"OLD=NEW" names of settings, before all else; two of the same new name become one"""
     table: Path | None = None
     """CSV to write the final returns to, as collect.py puts it on a page"""
+    area_table: Path | None = None
+    """CSV to write the mean returns over the run to"""
     bootstraps: int = 10_000
     """resamples of the stratified bootstrap"""
 
@@ -130,6 +133,11 @@ def interval(returns):
     return mean, stats.t.ppf(0.975, seeds - 1) * returns.std(axis=0, ddof=1) / math.sqrt(seeds)
 
 
+def final_return(steps, returns):
+    """Each seed's last evaluation (seeds,)."""
+    return returns[:, -1]
+
+
 def mean_return(steps, returns):
     """Each seed's area under its curve, by trapezoids, over the curve's length (seeds,): its return on the way."""
     if len(steps) == 1:
@@ -179,18 +187,18 @@ def normalise(curves):
     return normalised
 
 
-def aggregate(curves, env_ids, bootstraps):
-    """{setting: numbers} of those that were run in every environment: curve and final aggregates."""
+def aggregate(curves, env_ids, bootstraps, return_of=final_return):
+    """{setting: numbers} of those that were run in every environment: curve, and aggregates of return_of each seed."""
     statistics = {"mean": mean_over_environments, "IQM": interquartile_mean_over_all}
     aggregates = {}
     for name, of_setting in normalise(curves).items():
         if set(of_setting) != set(env_ids):
             continue
-        final = [returns[:, -1] for _, returns in of_setting.values()]
+        values = [return_of(*curve) for curve in of_setting.values()]
         numbers = {}
         for kind, statistic in statistics.items():
-            low, high = stratified_bootstrap(final, statistic, bootstraps).tolist()
-            numbers[kind] = (float(statistic(final)), low, high)
+            low, high = stratified_bootstrap(values, statistic, bootstraps).tolist()
+            numbers[kind] = (float(statistic(values)), low, high)
         steps = sorted(set.intersection(*(set(steps.tolist()) for steps, _ in of_setting.values())))
         if steps:
             scores = [returns[:, np.isin(at, steps)].T for at, returns in of_setting.values()]  # each (T, seeds)
@@ -216,7 +224,7 @@ def cells_of(values, is_best):
 def table_of(curves, env_ids, statistic, aggregates):
     """A row for each setting, a column for each environment: statistic(steps (T,), returns (seeds, T)) of its seeds.
 
-    The highest mean of a column is in bold. With aggregates, of the final returns, two columns more. The first row
+    The highest mean of a column is in bold. With aggregates, of the same statistic, two columns more. The first row
     has the names of the columns.
     """
     heads = ["setting"]
@@ -376,11 +384,12 @@ def main(args):
         draw_curves(plt, curves, env_ids, aggregates, args.out / "curves")
         if len(aggregates) > 1:
             draw_aggregates(plt, curves, env_ids, aggregates, args.out / "aggregate")
-    final = table_of(curves, env_ids, lambda steps, returns: returns[:, -1], aggregates)
-    area = table_of(curves, env_ids, mean_return, {})
-    if args.table is not None:
-        heads, *rows = final
-        collect.write(args.table, [dict(zip(heads, row, strict=True)) for row in rows])
+    final = table_of(curves, env_ids, final_return, aggregates)
+    area_aggregates = aggregate(curves, env_ids, args.bootstraps, mean_return)
+    area = table_of(curves, env_ids, mean_return, area_aggregates)
+    for path, (heads, *rows) in ((args.table, final), (args.area_table, area)):
+        if path is not None:
+            collect.write(path, [dict(zip(heads, row, strict=True)) for row in rows])
     areas = "Mean return over the run, the area under its curve"
     text = f"Final return\n\n{markdown(final)}\n\n{areas}\n\n{markdown(area)}\n"
     (args.out / "results.md").write_text(text)

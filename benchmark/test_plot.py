@@ -138,36 +138,41 @@ def test_the_plots_as_a_user_makes_them(results, tmp_path):
         "| `high` | **8 ± 25** (2) | **8,000 ± 25,412** (2) | 0.80 [0.60, 1.00] | 0.80 [0.60, 1.00] |",
         "| `only` | 5 (1) | - | - | - |",
     ]
-    heads = "| setting | A-v0, 20,000 steps | B-v0, 20,000 steps |"
-    assert made.stdout.startswith(f"Final return\n\n{heads} normalised mean | normal")
+    heads = "| setting | A-v0, 20,000 steps | B-v0, 20,000 steps | normalised mean | normalised IQM |"
+    assert made.stdout.startswith(f"Final return\n\n{heads}\n")
     # each curve goes from a half to the whole of its final return: its mean is three quarters
     assert made.stdout.splitlines()[10:] == [
         heads,
-        "| --- | --- | --- |",
-        "| `low` | 1 ± 10 (2) | 750 ± 9,530 (2) |",
-        "| `high` | **6 ± 19** (2) | **6,000 ± 19,059** (2) |",
-        "| `only` | 5 (1) | - |",
+        "| --- | --- | --- | --- | --- |",
+        "| `low` | 1 ± 10 (2) | 750 ± 9,530 (2) | 0.08 [0.00, 0.15] | 0.08 [0.00, 0.15] |",  # of 0.075
+        "| `high` | **6 ± 19** (2) | **6,000 ± 19,059** (2) | 0.60 [0.45, 0.75] | 0.60 [0.45, 0.75] |",
+        "| `only` | 5 (1) | - | - | - |",
     ]
     before = (tmp_path / "a/b/curves.svg").read_bytes()
-    run("--csvs", results, "--out", tmp_path / "a/b", "--table", tmp_path / "table.csv")
-    with (tmp_path / "table.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [row["setting"] for row in rows] == ["low", "high", "only"]
-    assert rows[1]["B-v0, 20,000 steps"] == "**8,000 ± 25,412** (2)" and rows[2]["normalised IQM"] == "-"
+    tables = ["--table", tmp_path / "table.csv", "--area-table", tmp_path / "area.csv"]
+    run("--csvs", results, "--out", tmp_path / "a/b", *tables)
+    for path, expected in (("table.csv", "**8,000 ± 25,412** (2)"), ("area.csv", "**6,000 ± 19,059** (2)")):
+        with (tmp_path / path).open() as file:
+            rows = list(csv.DictReader(file))
+        assert [row["setting"] for row in rows] == ["low", "high", "only"]
+        assert rows[1]["B-v0, 20,000 steps"] == expected and rows[2]["normalised IQM"] == "-"
     assert (tmp_path / "a/b/curves.svg").read_bytes() == before
 
 
-def test_the_readmes_table_is_that_of_its_command(tmp_path, monkeypatch):
-    """The command stands on docs/results.md; its numbers are those of grid.csv."""
+@pytest.mark.parametrize("name", ["summary", "million"])
+def test_the_pages_tables_are_those_of_their_commands(name, tmp_path, monkeypatch):
+    """The commands stand on docs/results.md; their numbers are those of grid.csv and field.csv."""
     root = SCRIPT.parents[1]
     page = (root / "docs/results.md").read_text().replace("\\\n", " ")
-    (command,) = re.findall(r"python benchmark/plot\.py (.*--table benchmark/results/summary\.csv.*)", page)
+    (command,) = re.findall(rf"python benchmark/plot\.py (.*--table benchmark/results/{name}\.csv.*)", page)
     words = shlex.split(command)
-    words[words.index("--table") + 1] = str(tmp_path / "summary.csv")
+    words[words.index("--table") + 1] = str(tmp_path / f"{name}.csv")
+    words[words.index("--area-table") + 1] = str(tmp_path / f"{name}_area.csv")
     words[words.index("--out") + 1] = str(tmp_path)
     monkeypatch.chdir(root)
     plot.main(plot.tyro.cli(plot.PlotArgs, args=words))
-    assert (tmp_path / "summary.csv").read_text() == (root / "benchmark/results/summary.csv").read_text()
+    for made in (f"{name}.csv", f"{name}_area.csv"):
+        assert (tmp_path / made).read_bytes() == (root / "benchmark/results" / made).read_bytes()
 
 
 def test_every_setting_is_in_the_legend_as_it_is_called(tmp_path):
