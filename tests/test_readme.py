@@ -40,7 +40,7 @@ def returns_on_the_way(path):
 
 def test_returns_in_the_text_are_those_of_the_table():
     table = collect.markdown(ROOT / "benchmark/results/small_setting.csv")
-    tables = "grid.csv paper_rates.csv second_edition.csv field.csv"
+    tables = "grid.csv paper_rates.csv second_edition.csv field.csv fresh.csv"
     for name in f"{tables} summary.csv summary_area.csv million.csv million_area.csv".split():
         table += collect.markdown(ROOT / "benchmark/results" / name)
     for name in "field.csv", "second_edition.csv":
