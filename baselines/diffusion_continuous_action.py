@@ -153,9 +153,11 @@ LAPTOP = {"total_timesteps": 200_000, "learning_starts": 5_000, "eval_frequency"
 LAPTOP |= {"hidden_dim": 64, "batch_size": 128, "policy_lr": 1e-3, "q_lr": 1e-3, "num_envs": 4}
 LAPTOP |= {"num_diffusion_steps": 10, "best_of_n": 4, "eval_best_of_n": 4, "num_samples": 16}
 LAPTOP |= {"action_steps": 10, "policy_frequency": 1, "autotune": False}
-# DIPO never chooses among actions: one chain of 40 steps costs as much as the others' four of 10. QSM's
-# last step has the length of its noise's variance, with T = 10 it would jump over whole hills
+# DPMD imitates its own actions, and improves by their noise: with lambda = 1 throughout they grow alike, and
+# it learns nothing. DIPO never chooses among actions: one chain of 40 steps costs as much as the others'
+# four of 10. QSM's last step has the length of its noise's variance, with T = 10 it jumps over whole hills
 LAPTOP_OWN = {
+    "dpmd": dict(autotune=True, alpha_delay=125),
     "dipo": dict(best_of_n=1, eval_best_of_n=1, num_diffusion_steps=40),
     "qsm": dict(num_diffusion_steps=20),
 }

@@ -215,7 +215,8 @@ def test_every_method_is_timed_and_its_evaluations_are_counted():
     rows = {row["method"]: row for row in step_time.measure("small", options, CPU)}
     assert list(rows) == list(step_time.METHODS)
     N, K = som.LAPTOP["best_of_n"], som.LAPTOP["num_mc_samples"]
-    T, chains, samples = 10, 4, 16  # of the diffusion policies: steps, candidates, K
+    # of the diffusion policies: steps, candidates, K. QSM and DACER have 20 steps, DIPO has 40
+    T, chains, samples = 10, 4, 16
     expected = {  # policy and critics in an update, policy and critics in an action
         "SOM": (N + 1, N + 2 + K, N, N),
         "SOM, prior": (N + 1, N + 2 + K, N, N),
@@ -228,10 +229,10 @@ def test_every_method_is_timed_and_its_evaluations_are_counted():
         "MFP": (2 * N + 2, 2 * N + 2, N, N),  # the best of N in both states
         "SDAC": (T * chains + 1, chains + 2 + samples, T * chains, chains),
         "DPMD": (T * chains + 1, chains + 2 + 1, T * chains, chains),
-        "QSM": (T * chains + 1, chains + 2 + 1, T * chains, chains),
-        "DIPO": (T + 1, 1 + 2 + 10, T, 1),  # ten steps up the critic
+        "QSM": (20 * chains + 1, chains + 2 + 1, 20 * chains, chains),
+        "DIPO": (40 + 1, 1 + 2 + 10, 40, 1),  # ten steps up the critic
         "QVPO": (T * chains + T * samples + 11, chains + 2 + samples, T * chains, chains),
-        "DACER": (2 * T, 3, T, 0),
+        "DACER": (2 * 20, 3, 20, 0),
         "SAC": (2, 3, 1, 0),
     }
     for method, counts in expected.items():
