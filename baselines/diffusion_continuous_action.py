@@ -23,8 +23,8 @@ returns a Regression(obs, a_k, k, eps, weight), and the five stand side by side:
 The rest is one, SOM's protocol (its Table 3). What else differs is data, in the table PRESETS.
 
     act    a = argmax_i Q(s, a_i) of N chains of T denoising steps from N(0, I), then exploration noise
-    critic y = scaled reward + gamma (1 - terminated) min Q'(s', a'), Q' the targets, a' made like a; of
-           policy and moving average, sdac and dpmd act with the average, dipo and qvpo make a' with it
+    critic y = scaled reward + gamma (1 - terminated) min Q'(s', a'), Q' the critics' moving averages,
+           a' made as a is. sdac and dpmd act with the policy's moving average; dipo and qvpo make a' with it
 
 The sixth, DACER, differentiates its critic through the chain instead, and has a file of its own. Elsewhere
 here one file is one method; this one breaks that rule, so that the five can be read against each other.
@@ -129,7 +129,7 @@ class Args:
     action_lr: float = 0.03  # DIPO: their length in every coordinate
     entropy_samples: int = 10  # QVPO: uniform actions for every best one
     entropy_coef: float = 0.02  # QVPO: their weight over the best one's, at the start of the run
-    final_entropy_coef: float = 0.002  # QVPO: its floor: it falls linearly towards 0
+    final_entropy_coef: float = 0.002  # QVPO: floor of that weight, which falls linearly towards 0
     eval_frequency: int = 100_000  # environment steps between evaluations; the last is at the end
 
 
@@ -636,7 +636,7 @@ class Agent(nn.Module):
         soft_update(self.target_critic, self.critic, self.args.tau)
         soft_update(self.target_actor, self.actor, self.args.tau)
         self.q_stats.copy_(info.pop("q_stats", self.q_stats))
-        return info | loss_info | {"losses/lambda": state.lam.detach()}
+        return info | loss_info | {"losses/lambda": state.lam}
 
     def update_lambda(self):
         """Move lambda to where noise of std noise_scale * lambda has target_entropy: no data enter."""

@@ -1081,7 +1081,21 @@ def test_the_preset_is_that_of_mfp_but_for_the_methods():
         assert args.preset == "laptop" and args.noise_scale == (0 if method in ("dipo", "qvpo") else 0.1)
         assert args.schedule == script.default_args(method).schedule
         assert args.num_diffusion_steps * args.best_of_n == (80 if method == "qsm" else 40)
+        assert args.autotune == (method == "dpmd")
         assert args.best_of_n == args.eval_best_of_n == (1 if method == "dipo" else 4)
+
+
+def test_dpmds_lambda_in_a_run_of_the_preset():
+    """It falls from 5 to 1.7 in the first half of the updates and to 1.1 in all, as docs/baselines.md says."""
+    args = script.default_args("dpmd", "laptop")
+    num_updates = (args.total_timesteps - args.learning_starts) // args.num_envs
+    agent = script.Agent(args, 2, 1, torch.device("cpu"))
+    lambdas = [agent.log_lambda.exp().item()]
+    for _ in range(num_updates // args.alpha_delay):
+        agent.update_lambda()
+        lambdas.append(agent.log_lambda.exp().item())
+    half = lambdas[len(lambdas) // 2]
+    assert [lambdas[0], half, lambdas[-1]] == pytest.approx([5, 1.7, 1.1], abs=0.05)
 
 
 def test_every_field_is_read_and_every_default_has_its_type():
