@@ -24,6 +24,8 @@ class BestOfNArgs:
     """table to write"""
     best_of_n: tuple[int, ...] = (1, 4, 16, 64)
     """candidates of an evaluation (N)"""
+    num_episodes: int | None = None
+    """episodes of an evaluation (default: as many as the run's own, which are the first of more)"""
 
 
 def read_configs(runs):
@@ -45,9 +47,10 @@ def last_step(run):
     return max((int(path.stem.removeprefix("checkpoint_")) for path in run.glob("checkpoint_*")), default=0)
 
 
-def evaluate(run, script, n):
+def evaluate(run, script, n, num_episodes):
     """Mean return of each seed without exploration noise, by the script's --evaluate."""
     command = [sys.executable, str(script), "--evaluate", str(run), "--best-of-n", str(n)]
+    command += ["--num-episodes", str(num_episodes)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         ending = result.stderr[-500:].strip()
@@ -65,6 +68,7 @@ def main(args):
             collect.exit_with_error(f"{run} is of {config['script']}, which is not in {collect.ROOT}")
     rows = []
     for run, config in configs.items():
+        num_episodes = config["num_episodes"] if args.num_episodes is None else args.num_episodes
         row = {
             "env_id": config["env_id"],
             "script": config["script"],
@@ -72,9 +76,10 @@ def main(args):
             "first_seed": config["seed"],
             "steps": last_step(run),
             "trained with": config["best_of_n"],
+            "episodes": num_episodes,
         }
         for n in args.best_of_n:
-            returns = evaluate(run, collect.ROOT / config["script"], n)
+            returns = evaluate(run, collect.ROOT / config["script"], n, num_episodes)
             row[f"N = {n}"] = " ".join(f"{mean:.0f}" for mean in returns)
         rows.append(row)
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)

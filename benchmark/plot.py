@@ -7,6 +7,7 @@ curves.png, .svg   per environment a thin line for each seed, and a thick one fo
 aggregate.png, .svg, from two settings on: mean and interquartile mean of normalised final returns
 results.md         final returns, mean +- 95 % interval (Student's t), and the aggregates; the same of the mean return
                    over the run, which is the area under its curve over its length
+A run's final return is its last evaluation, or the mean of its last --final-evaluations.
 Returns are normalised by the lowest and the highest evaluation that any run drawn has in that environment (the paper
 does not say what its minimum and maximum are of), so a number changes with the settings it is drawn beside. Intervals
 of aggregates: stratified bootstrap, which draws seeds anew within each environment; of three seeds in one environment
@@ -17,6 +18,7 @@ import csv
 import math
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import collect
@@ -41,6 +43,8 @@ class PlotArgs:
     """CSV to write the final returns to, as collect.py puts it on a page"""
     area_table: Path | None = None
     """CSV to write the mean returns over the run to"""
+    final_evaluations: int = 1
+    """evaluations at the end of a run whose mean is its final return"""
     bootstraps: int = 10_000
     """resamples of the stratified bootstrap"""
 
@@ -133,9 +137,9 @@ def interval(returns):
     return mean, stats.t.ppf(0.975, seeds - 1) * returns.std(axis=0, ddof=1) / math.sqrt(seeds)
 
 
-def final_return(steps, returns):
-    """Each seed's last evaluation (seeds,)."""
-    return returns[:, -1]
+def final_return(steps, returns, evaluations=1):
+    """Each seed's mean of its last evaluations (seeds,)."""
+    return returns[:, -evaluations:].mean(axis=1)
 
 
 def mean_return(steps, returns):
@@ -364,12 +368,15 @@ def draw_aggregates(plt, curves, env_ids, aggregates, path):
 def main(args):
     if args.bootstraps < 1:
         exit_with_error("--bootstraps must be >= 1")
+    if args.final_evaluations < 1:
+        exit_with_error("--final-evaluations must be >= 1")
     if args.out.exists() and not args.out.is_dir():
         exit_with_error(f"--out {args.out} is not a folder")
     if not args.csvs:
         exit_with_error("--csvs needs at least one table")
     curves, env_ids = select(read(args.csvs, args.rename), args.env_ids, args.settings)
-    aggregates = aggregate(curves, env_ids, args.bootstraps)
+    final_return_of = partial(final_return, evaluations=args.final_evaluations)
+    aggregates = aggregate(curves, env_ids, args.bootstraps, final_return_of)
     if not aggregates:
         print("note: no setting was run in all environments, so there is no aggregate", file=sys.stderr)
     import matplotlib
@@ -384,14 +391,17 @@ def main(args):
         draw_curves(plt, curves, env_ids, aggregates, args.out / "curves")
         if len(aggregates) > 1:
             draw_aggregates(plt, curves, env_ids, aggregates, args.out / "aggregate")
-    final = table_of(curves, env_ids, final_return, aggregates)
+    final = table_of(curves, env_ids, final_return_of, aggregates)
     area_aggregates = aggregate(curves, env_ids, args.bootstraps, mean_return)
     area = table_of(curves, env_ids, mean_return, area_aggregates)
     for path, (heads, *rows) in ((args.table, final), (args.area_table, area)):
         if path is not None:
             collect.write(path, [dict(zip(heads, row, strict=True)) for row in rows])
     areas = "Mean return over the run, the area under its curve"
-    text = f"Final return\n\n{markdown(final)}\n\n{areas}\n\n{markdown(area)}\n"
+    ending = "Final return"
+    if args.final_evaluations > 1:
+        ending += f", the mean of the last {args.final_evaluations} evaluations"
+    text = f"{ending}\n\n{markdown(final)}\n\n{areas}\n\n{markdown(area)}\n"
     (args.out / "results.md").write_text(text)
     print(text, end="")
 

@@ -51,9 +51,14 @@ def test_with_its_own_n_a_run_has_the_return_of_its_last_evaluation(runs, tmp_pa
     assert [len(row["N = 1"].split()) for row in rows] == [1, 16]
     for row, run in zip(rows, runs.values(), strict=True):
         assert row["N = 2"].split() == final_returns(run)
-        assert row["trained with"] == "2" and row["steps"] == "60"
+        assert row["trained with"] == "2" and row["steps"] == "60" and row["episodes"] == "2"
         assert row["N = 1"] != row["N = 2"]
     assert capsys.readouterr().err == f"note: {tmp_path}/refused is left out: it has no config.json\n"
+    run = runs["som_continuous_action.py"]
+    best_of_n.main(best_of_n.BestOfNArgs(runs=(run,), csv=path, best_of_n=(2,), num_episodes=3))
+    with path.open() as file:
+        (more,) = csv.DictReader(file)
+    assert more["episodes"] == "3" and more["N = 2"].split() != final_returns(run)
 
 
 def test_the_step_is_that_of_the_newest_checkpoint(tmp_path):
@@ -80,6 +85,7 @@ def test_bad_input_is_refused(runs, tmp_path, capsys):
     # the script's own message
     som_run = runs["som_continuous_action.py"]
     assert "--best-of-n cannot be 0" in refusal(capsys, runs=(som_run,), csv=path, best_of_n=(0,))
+    assert "--num-episodes cannot be 0" in refusal(capsys, runs=(som_run,), csv=path, num_episodes=0)
     (tmp_path / "copied").mkdir()
     config = (som_run / "config.json").read_text().replace("som_continuous_action.py", "my_som.py")
     (tmp_path / "copied/config.json").write_text(config)

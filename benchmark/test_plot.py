@@ -157,9 +157,14 @@ def test_the_plots_as_a_user_makes_them(results, tmp_path):
         assert [row["setting"] for row in rows] == ["low", "high", "only"]
         assert rows[1]["B-v0, 20,000 steps"] == expected and rows[2]["normalised IQM"] == "-"
     assert (tmp_path / "a/b/curves.svg").read_bytes() == before
+    # the mean of both evaluations is three quarters of the last
+    tables = ["--final-evaluations", "2", "--table", tmp_path / "late.csv"]
+    late = run("--csvs", results, "--out", tmp_path / "a/b", *tables)
+    assert late.stdout.startswith("Final return, the mean of the last 2 evaluations\n")
+    assert (tmp_path / "late.csv").read_bytes() == (tmp_path / "area.csv").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["summary", "million"])
+@pytest.mark.parametrize("name", ["summary", "million", "million_late"])
 def test_the_pages_tables_are_those_of_their_commands(name, tmp_path, monkeypatch):
     """The commands stand on docs/results.md; their numbers are those of grid.csv and field.csv."""
     root = SCRIPT.parents[1]
@@ -167,11 +172,14 @@ def test_the_pages_tables_are_those_of_their_commands(name, tmp_path, monkeypatc
     (command,) = re.findall(rf"python benchmark/plot\.py (.*--table benchmark/results/{name}\.csv.*)", page)
     words = shlex.split(command)
     words[words.index("--table") + 1] = str(tmp_path / f"{name}.csv")
-    words[words.index("--area-table") + 1] = str(tmp_path / f"{name}_area.csv")
     words[words.index("--out") + 1] = str(tmp_path)
+    tables = [f"{name}.csv"]
+    if "--area-table" in words:
+        words[words.index("--area-table") + 1] = str(tmp_path / f"{name}_area.csv")
+        tables.append(f"{name}_area.csv")
     monkeypatch.chdir(root)
     plot.main(plot.tyro.cli(plot.PlotArgs, args=words))
-    for made in (f"{name}.csv", f"{name}_area.csv"):
+    for made in tables:
         assert (tmp_path / made).read_bytes() == (root / "benchmark/results" / made).read_bytes()
 
 
@@ -229,6 +237,7 @@ def test_scripts_with_a_setting_of_one_name_are_kept_apart(tmp_path):
         ("--rename none=low", "--rename: there is no setting none"),
         ("--rename low=high", "two returns of high x.py A-v0, seed 1"),
         ("--bootstraps 0", "--bootstraps must be >= 1"),
+        ("--final-evaluations 0", "--final-evaluations must be >= 1"),
         ("--out results.csv", "--out results.csv is not a folder"),
     ],
 )
