@@ -164,11 +164,12 @@ def test_the_plots_as_a_user_makes_them(results, tmp_path):
     assert (tmp_path / "late.csv").read_bytes() == (tmp_path / "area.csv").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["summary", "million", "million_late"])
+@pytest.mark.parametrize("name", ["summary", "million", "million_late", "baselines_summary"])
 def test_the_pages_tables_are_those_of_their_commands(name, tmp_path, monkeypatch):
-    """The commands stand on docs/results.md; their numbers are those of grid.csv and field.csv."""
+    """The commands stand on the pages; their numbers are those of grid.csv, field.csv and baselines.csv."""
     root = SCRIPT.parents[1]
-    page = (root / "docs/results.md").read_text().replace("\\\n", " ")
+    page = (root / "docs/results.md").read_text() + (root / "docs/baselines.md").read_text()
+    page = page.replace("\\\n", " ")
     (command,) = re.findall(rf"python benchmark/plot\.py (.*--table benchmark/results/{name}\.csv.*)", page)
     words = shlex.split(command)
     words[words.index("--table") + 1] = str(tmp_path / f"{name}.csv")

@@ -52,8 +52,9 @@ def returns_with_other_n(path):
 
 def test_returns_in_the_text_are_those_of_the_table():
     table = collect.markdown(ROOT / "benchmark/results/small_setting.csv")
-    tables = "grid.csv paper_rates.csv second_edition.csv field.csv fresh.csv"
-    for name in f"{tables} summary.csv summary_area.csv million.csv million_late.csv million_area.csv".split():
+    runs = "grid.csv paper_rates.csv second_edition.csv field.csv fresh.csv baselines.csv"
+    summaries = "summary.csv summary_area.csv million.csv million_late.csv million_area.csv baselines_summary.csv"
+    for name in f"{runs} {summaries}".split():
         table += collect.markdown(ROOT / "benchmark/results" / name)
     table += returns_with_other_n(ROOT / "benchmark/results/best_of_n_million.csv")
     for name in "field.csv", "second_edition.csv":
@@ -64,6 +65,7 @@ def test_returns_in_the_text_are_those_of_the_table():
         ("README.md", "Results", 4),
         ("README.md", "Deviations from the paper", 5),
         ("docs/results.md", None, 20),
+        ("docs/baselines.md", None, 10),
     )
     for name, title, fewest in sections:
         section = PAGES[collect.PAGES.index(ROOT / name)]
