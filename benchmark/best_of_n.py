@@ -25,7 +25,7 @@ class BestOfNArgs:
     best_of_n: tuple[int, ...] = (1, 4, 16, 64)
     """candidates of an evaluation (N)"""
     num_episodes: int | None = None
-    """episodes of an evaluation (default: as many as the run's own, which are the first of more)"""
+    """episodes of an evaluation (default: the run's own number); a larger number begins with the same ones"""
 
 
 def read_configs(runs):

@@ -336,17 +336,11 @@ def test_the_policy_climbs_a_fixed_critic():
     assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
 
 
-def two_hills(obs, a):
-    """About 0.5 and -0.5, of heights 1 and 0.75."""
-    hills = torch.exp(-(((a[..., 0] - 0.5) / 0.2) ** 2) / 2), torch.exp(-(((a[..., 0] + 0.5) / 0.2) ** 2) / 2)
-    return hills[0] + 0.75 * hills[1]
-
-
-@pytest.mark.parametrize("seed", [0, 1])  # they end on different hills
+@pytest.mark.parametrize("seed", [0, 2])  # they end on different hills
 def test_in_one_state_all_actions_end_on_the_top_of_one_hill(seed):
-    """-Q through the chain has no term that keeps actions apart: what is left between them is the noise on top."""
-    agent = make_agent(hidden_dim=32, policy_lr=3e-3, noise_scale=0.0)
-    agent.q_fn = two_hills
+    """Nothing in the loss keeps actions apart; only the noise on them, here none, would."""
+    agent = make_agent(noise_scale=0.0)
+    agent.q_fn = lambda obs, a: -((a[..., 0] ** 2 - 0.25) ** 2) / 0.25**2  # hills at 0.5 and -0.5
     torch.manual_seed(seed)
     agent.actor = dacer.DiffusionActor(1, 1, 32, 2)
     agent.optimizers["actor"] = torch.optim.Adam(agent.actor.parameters(), lr=3e-3)
