@@ -3,6 +3,7 @@
     python benchmark/best_of_n.py --runs runs/RUN1 runs/RUN2 --csv benchmark/results/best_of_n.csv
 
 Of a run of the JAX script with several seeds give the first seed's folder; a cell holds the returns of all its seeds.
+A run of benchmark/sb3.py stands in the column N = 1: SAC and PPO have one action, the mean of their normal.
 """
 
 import json
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import collect
 import tyro
+
+SB3 = "benchmark/sb3.py"
 
 
 @dataclass
@@ -42,15 +45,20 @@ def read_configs(runs):
     return configs
 
 
-def last_step(run):
-    """Environment steps of the newest checkpoint, the one that --evaluate loads; 0 without any."""
+def last_step(run, script):
+    """Environment steps of the networks that --evaluate loads: of the newest checkpoint; 0 without any."""
+    if script == SB3:  # it keeps them at the end of a run
+        last_line = (run / "evaluations.csv").read_text().splitlines()[-1]
+        return int(last_line.split(",")[0])
     return max((int(path.stem.removeprefix("checkpoint_")) for path in run.glob("checkpoint_*")), default=0)
 
 
 def evaluate(run, script, n, num_episodes):
     """Mean return of each seed without exploration noise, by the script's --evaluate."""
-    command = [sys.executable, str(script), "--evaluate", str(run), "--best-of-n", str(n)]
+    command = [sys.executable, str(collect.ROOT / script), "--evaluate", str(run)]
     command += ["--num-episodes", str(num_episodes)]
+    if script != SB3:
+        command += ["--best-of-n", str(n)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         ending = result.stderr[-500:].strip()
@@ -63,23 +71,27 @@ def main(args):
     configs = read_configs(args.runs)
     if not (configs and args.best_of_n):
         collect.exit_with_error("--runs and --best-of-n need at least one value each")
-    for run, config in configs.items():
-        if not (collect.ROOT / config["script"]).is_file():
-            collect.exit_with_error(f"{run} is of {config['script']}, which is not in {collect.ROOT}")
+    scripts = {run: collect.script_of(config) for run, config in configs.items()}
+    for run, script in scripts.items():
+        if not (collect.ROOT / script).is_file():
+            collect.exit_with_error(f"{run} is of {script}, which is not in {collect.ROOT}")
+        if script == SB3 and 1 not in args.best_of_n:
+            collect.exit_with_error(f"{run} has one action in a state: --best-of-n must have a 1")
     rows = []
     for run, config in configs.items():
+        script = scripts[run]
         num_episodes = config["num_episodes"] if args.num_episodes is None else args.num_episodes
         row = {
             "env_id": config["env_id"],
-            "script": config["script"],
+            "script": script,
             "setting": config["exp_name"],
             "first_seed": config["seed"],
-            "steps": last_step(run),
-            "trained with": config["best_of_n"],
+            "steps": last_step(run, script),
+            "trained with": config.get("best_of_n", 1),
             "episodes": num_episodes,
         }
         for n in args.best_of_n:
-            returns = evaluate(run, collect.ROOT / config["script"], n, num_episodes)
+            returns = evaluate(run, script, n, num_episodes) if script != SB3 or n == 1 else []
             row[f"N = {n}"] = " ".join(f"{mean:.0f}" for mean in returns)
         rows.append(row)
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)

@@ -17,14 +17,17 @@ at most 0.5, weight 0.5 of the value's loss, orthogonal weights, one std for all
 3 x 512: --hidden-dim 512.
 
 Environment and evaluation are those of som_continuous_action.py, by its own functions. There is no --resume: a run is
-begun anew.
+begun anew. At its end the networks are kept in its folder, and can be evaluated again; the episodes begin with those of
+the last evaluation:
+
+python benchmark/sb3.py --evaluate runs/RUN --num-episodes 100
 """
 
 import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -46,6 +49,7 @@ class Args:
     algo: Literal["sac", "ppo"] = "sac"  # the algorithm
     seed: int = 1  # seed of networks, noise, environments and evaluation
     device: Literal["auto", "cpu", "gpu"] = "auto"  # where to train; auto: on a GPU if there is one
+    evaluate: str | None = None  # folder of a finished run, to evaluate
     env_id: str = "HalfCheetah-v4"  # Gymnasium id: flat observations, a bounded continuous action box
     total_timesteps: int = 200_000  # environment steps, over all environments
     num_envs: int = 4  # environments stepped together
@@ -63,6 +67,7 @@ class Args:
 # what --algo ppo changes; it has no use for those that are 0
 PPO = {"exp_name": "ppo", "batch_size": 4_000, "learning_rate": 1e-4}
 PPO |= {"learning_starts": 0, "buffer_size": 0, "updates_per_step": 0}
+POLICY = "policy.pt"  # the networks of a finished run, in its folder, as the library writes them
 
 
 def check_args(args):
@@ -135,6 +140,22 @@ def make_ppo(shared, args):
     return model, optimizer
 
 
+def device_of(args):
+    on_gpu = args.device != "cpu" and torch.cuda.is_available()
+    return "cuda" if on_gpu else "cpu"
+
+
+def evaluate(policy, args, box):
+    """Returns (num_episodes,) of the library's policy in seeded episodes: each action is the mean of its normal."""
+
+    def act(obs):
+        actions, _ = policy.predict(obs, deterministic=True)
+        return som.to_box(actions, box)
+
+    eval_seed = int(np.random.SeedSequence(args.seed).generate_state(1)[0])
+    return som.evaluate(act, args.env_id, args.num_episodes, eval_seed)
+
+
 def train(args, box, run_folder):
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.logger import configure
@@ -143,13 +164,11 @@ def train(args, box, run_folder):
     start_time = time.time()
     # SB3 gives environment i the seed + i: spread, so that seeds 1, 2 and 3 share none
     seed = int(np.random.SeedSequence(args.seed).spawn(1)[0].generate_state(1)[0] // 2)
-    eval_seed = int(np.random.SeedSequence(args.seed).generate_state(1)[0])
-    on_gpu = args.device != "cpu" and torch.cuda.is_available()
     shared = {
         "env": DummyVecEnv(args.num_envs * [partial(som.make_training_env, args.env_id)]),
         "policy_kwargs": {"net_arch": args.num_layers * [args.hidden_dim], "activation_fn": torch.nn.GELU},
         "seed": seed,
-        "device": "cuda" if on_gpu else "cpu",
+        "device": device_of(args),
     }
     if args.algo == "sac":
         model, optimizer = make_sac(shared, args)
@@ -159,13 +178,9 @@ def train(args, box, run_folder):
         steps_per_rollout = args.batch_size
     model.set_logger(configure(str(run_folder), ["tensorboard"]))
 
-    def policy(obs):
-        actions, _ = model.predict(obs, deterministic=True)
-        return som.to_box(actions, box)
-
     class Evaluations(BaseCallback):
-        def evaluate(self):
-            returns = som.evaluate(policy, args.env_id, args.num_episodes, eval_seed)
+        def write_evaluation(self):
+            returns = evaluate(model.policy, args, box)
             step = self.num_timesteps
             som.check_finite(f"at step {step}, seed {args.seed}; see {run_folder}", evaluation=returns)
             mean, std = returns.mean(), returns.std()
@@ -178,28 +193,70 @@ def train(args, box, run_folder):
 
         def _on_rollout_start(self):  # after the updates on the rollout before
             if self.num_timesteps > 0 and self.num_timesteps % args.eval_frequency < steps_per_rollout:
-                self.evaluate()
+                self.write_evaluation()
 
         def _on_training_end(self):
-            self.evaluate()
+            self.write_evaluation()
 
         def _on_step(self):
             return True
 
     model.learn(args.total_timesteps - args.total_timesteps % args.num_envs, callback=Evaluations())
+    with som.writing(run_folder):
+        model.policy.save(run_folder / POLICY)
     model.get_env().close()
+
+
+def args_of_run(run_folder):
+    """The arguments that a finished run was begun with."""
+    try:
+        config = json.loads((run_folder / "config.json").read_text())
+        script = config["script"]
+        stored = {field.name: config[field.name] for field in fields(Args) if field.name in config}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        som.exit_with_error(f"{run_folder} is not the folder of a run: {error}")
+    if script != Path(__file__).name:
+        som.exit_with_error(f"{run_folder} is of {script}, and this is {Path(__file__).name}")
+    if not (run_folder / POLICY).exists():
+        som.exit_with_error(f"{run_folder} has no {POLICY}: a run writes it at its end")
+    return Args(**stored)
+
+
+def load_policy(args):
+    """The library's policy, from the folder args.evaluate."""
+    from stable_baselines3.common.policies import ActorCriticPolicy
+    from stable_baselines3.sac.policies import SACPolicy
+
+    kinds = {"sac": SACPolicy, "ppo": ActorCriticPolicy}
+    path = Path(args.evaluate, POLICY)
+    try:
+        return kinds[args.algo].load(path, device=device_of(args))
+    except Exception as error:  # torch and pickle have many, for a file that was cut off or is another's
+        first_sentence = str(error).partition(". ")[0]
+        som.exit_with_error(f"{path} cannot be read: {first_sentence}")
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     if args.algo == "ppo":
         args = tyro.cli(Args, description=__doc__, default=Args(algo="ppo", **PPO))
+    if args.evaluate is not None:
+        trained = args_of_run(Path(args.evaluate))
+        args = tyro.cli(Args, description=__doc__, default=trained)
+        kept = replace(args, evaluate=None, num_episodes=trained.num_episodes, device=trained.device)
+        if kept != trained:
+            som.exit_with_error("--evaluate takes --num-episodes and --device alone")
     box = check_args(args)
     try:
         packages = ("stable-baselines3", "torch", "gymnasium", "mujoco", "numpy")
         versions = {package: metadata.version(package) for package in packages}
     except metadata.PackageNotFoundError as error:
         som.exit_with_error(f"{error.name} is missing: pip install -r benchmark/requirements.txt")
+    if args.evaluate is not None:
+        returns = evaluate(load_policy(args), args, box)
+        mean, std = returns.mean(), returns.std()
+        print(f"return {mean:.1f} +- {std:.1f}, seed {args.seed}, by episode {returns.round(1).tolist()}")
+        sys.exit()
     versions["python"] = sys.version.split()[0]
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}_{os.getpid()}"
     run_folder = Path("runs", name.replace("/", "_"))

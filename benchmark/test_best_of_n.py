@@ -27,9 +27,9 @@ def runs(tmp_path_factory):
     return {script: next(folder.glob(f"runs/*__{Path(script).stem}__1__*")) for script in SCRIPTS}
 
 
-def final_returns(run):
+def final_returns(run, first_seed=1):
     """Of all seeds that were trained beside this run's, rounded as --evaluate prints them and then as the table."""
-    name, _, ending = run.name.partition("__1__")
+    name, _, ending = run.name.partition(f"__{first_seed}__")
     returns = []
     for seed in range(1, 17):
         path = run.parent / f"{name}__{seed}__{ending}" / "evaluations.csv"
@@ -62,10 +62,32 @@ def test_with_its_own_n_a_run_has_the_return_of_its_last_evaluation(runs, tmp_pa
 
 
 def test_the_step_is_that_of_the_newest_checkpoint(tmp_path):
-    assert best_of_n.last_step(tmp_path) == 0
+    script = "som_continuous_action_jax.py"
+    assert best_of_n.last_step(tmp_path, script) == 0
     for step in 40, 9_000, 400:  # a run that was ended before its total_timesteps
         (tmp_path / f"checkpoint_{step:010d}.npz").touch()
-    assert best_of_n.last_step(tmp_path) == 9_000
+    assert best_of_n.last_step(tmp_path, script) == 9_000
+
+
+def test_sac_and_ppo_have_one_action(tmp_path, capsys):
+    command = [sys.executable, "-W", "ignore", str(collect.ROOT / best_of_n.SB3), "--env-id", "Pendulum-v1"]
+    command += "--total-timesteps 60 --num-envs 2 --hidden-dim 8 --num-episodes 2 --device cpu".split()
+    for flags in (["--learning-starts", "20", "--seed", "3"], "--algo ppo --batch-size 20".split()):
+        subprocess.run([*command, *flags], cwd=tmp_path, check=True, capture_output=True)
+    runs = tuple(tmp_path / f"runs/{name}" for name in ("Pendulum-v1__sac__3__*", "Pendulum-v1__ppo__1__*"))
+    runs = tuple(next(run.parent.glob(run.name)) for run in runs)
+    path = tmp_path / "table.csv"
+    best_of_n.main(best_of_n.BestOfNArgs(runs=runs, csv=path, best_of_n=(1, 4)))
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["setting"] for row in rows] == ["sac", "ppo"]
+    for row, run in zip(rows, runs, strict=True):
+        (last,) = final_returns(run, row["first_seed"])
+        assert row["N = 1"] == last and row["N = 4"] == "" and row["trained with"] == "1" and row["steps"] == "60"
+        assert row["script"] == "benchmark/sb3.py" and row["episodes"] == "2"
+    capsys.readouterr()
+    message = refusal(capsys, runs=runs, csv=tmp_path / "none.csv", best_of_n=(4,))
+    assert "has one action in a state: --best-of-n must have a 1" in message
 
 
 def refusal(capsys, **options):

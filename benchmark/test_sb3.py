@@ -84,6 +84,58 @@ def test_run_of_ppo(tmp_path):
     assert row["command"] == f"python benchmark/sb3.py {flags} --hidden-dim 8 --eval-frequency 100"
 
 
+def evaluated(run_folder, num_episodes, *flags):
+    words = [sys.executable, "-W", "ignore", ROOT / "benchmark/sb3.py", "--evaluate", run_folder, *flags]
+    words += ["--num-episodes", str(num_episodes)]
+    finished = subprocess.run(words, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+@pytest.mark.parametrize("flags", [[*FEW, "--seed", "2"], PPO])
+def test_a_finished_run_is_evaluated_again(tmp_path, flags):
+    """A SAC and a PPO whose networks were stored: the episodes of the last evaluation come first."""
+    made, rows = run("benchmark/sb3.py", tmp_path, *flags, "--num-episodes", "3")
+    before = sorted(path.name for path in made.iterdir())
+    mean, std = (float(rows[-1][name]) for name in ("return_mean", "return_std"))
+    same = evaluated(made, 3)
+    assert same.startswith(f"return {mean:.1f} +- {std:.1f}, seed {2 if '--seed' in flags else 1}, by episode [")
+    more = evaluated(made, 5, "--device", "cpu")
+    episodes = [json.loads(text.partition("by episode ")[2]) for text in (same, more)]
+    assert len(episodes[1]) == 5 and episodes[1][:3] == episodes[0]
+    assert evaluated(made, 3) == same
+    assert sorted(path.name for path in made.iterdir()) == before and len(list((tmp_path / "runs").iterdir())) == 1
+
+
+def test_bad_input_of_evaluate_is_refused(tmp_path):
+    made, _ = run("benchmark/sb3.py", tmp_path, *PPO)
+
+    def refusal(folder, *flags):
+        words = [sys.executable, "-W", "ignore", ROOT / "benchmark/sb3.py", "--evaluate", folder, *flags]
+        finished = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+        *warnings, error = finished.stderr.splitlines()  # the library of environments warns of old ones
+        assert finished.returncode == 2 and error.startswith("error: "), finished.stderr
+        assert not any("error" in line for line in warnings), finished.stderr
+        return error
+
+    assert "nowhere is not the folder of a run" in refusal("nowhere")
+    assert "not the folder of a run" in refusal("")
+    takes = "--evaluate takes --num-episodes and --device alone"
+    assert takes in refusal(made, "--hidden-dim", "16")
+    assert takes in refusal(made, "--algo", "sac")
+    assert "--num-episodes cannot be 0" in refusal(made, "--num-episodes", "0")
+    weights = (made / "policy.pt").read_bytes()
+    (made / "policy.pt").write_bytes(weights[:1000])
+    assert "policy.pt cannot be read" in refusal(made)
+    (made / "policy.pt").unlink()
+    assert "has no policy.pt: a run writes it at its end" in refusal(made)
+    config = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps(config | {"script": "som_continuous_action.py"}))
+    assert "is of som_continuous_action.py, and this is sb3.py" in refusal(made)
+    (made / "config.json").write_text("[]")
+    assert "not the folder of a run" in refusal(made)
+
+
 def make_ppo(**changes):
     from stable_baselines3.common.vec_env import DummyVecEnv
 
