@@ -1085,7 +1085,8 @@ if __name__ == "__main__":
         torch.set_float32_matmul_precision(args.matmul_precision)
         torch.cuda.set_stream(torch.cuda.Stream())  # the default one cannot be captured
     if args.evaluate is not None:
-        policy = load_policy(source, device, eval_best_of_n=args.eval_best_of_n)
+        changes = {"eval_best_of_n": args.eval_best_of_n, "policy_q": args.policy_q, "acting": args.acting}
+        policy = load_policy(source, device, **changes)
         torch.manual_seed(eval_seed)  # the same noise as in training's evaluations
         video_folder = f"{run_folder}/videos" if args.capture_video else None
         returns = evaluate(policy, args.env_id, args.num_episodes, eval_seed, video_folder)

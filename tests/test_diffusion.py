@@ -1013,7 +1013,11 @@ def test_the_main_blocks_are_equal_but_for_the_methods():
             "    args = tyro.cli(Args, default=default_args(args.method, args.preset))\n"
         ),
         'project="mfp"': 'project="diffusion"',
-        "best_of_n=args.best_of_n": "eval_best_of_n=args.eval_best_of_n",
+        "        policy = load_policy(source, device, best_of_n=args.best_of_n)": (
+            '        changes = {"eval_best_of_n": args.eval_best_of_n, '
+            '"policy_q": args.policy_q, "acting": args.acting}\n'
+            "        policy = load_policy(source, device, **changes)"
+        ),
         "agent.actor.": "agent.acting_actor().",
     }
     for words, other in changes.items():
@@ -1260,6 +1264,20 @@ def test_a_run_goes_on_exactly_where_it_was(run_loop, method):
         run_loop("--evaluate", whole.run_folder)
     assert not stop.value.code
     assert whole.agent.progress == 1
+
+
+def test_an_evaluation_takes_what_changes_how_the_policy_acts(run_loop, capsys):
+    run = run_loop(*tiny("sdac"), "--env-id", "Pendulum-v1")
+
+    def evaluation(*flags):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            run_loop("--evaluate", run.run_folder, "--num-episodes", "2", *flags)
+        return capsys.readouterr().out
+
+    assert evaluation() == evaluation("--acting", "target", "--policy-q", "min")
+    flags = ["--acting", "online"], ["--policy-q", "mean"], ["--eval-best-of-n", "1"]
+    assert all(evaluation(*words) != evaluation() for words in flags)
 
 
 def test_halfcheetah_as_a_user_runs_it(tmp_path):
