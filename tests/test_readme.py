@@ -27,14 +27,18 @@ def test_every_table_has_its_csv():
 
 
 def returns_on_the_way(path):
-    """What the text may say of a run before its end: every evaluation, and the means over seeds."""
+    """What the text may say of a run: every evaluation, means over seeds, and each seed's last ten evaluations."""
     at_step = {}
+    of_seed = {}
     with path.open() as file:
         for row in csv.DictReader(file):
             setting = row["setting"].replace("sac_980k", "sac_1m")  # SAC's first seed was ended earlier
-            place = (setting, row["env_id"], row["global_step"])
-            at_step.setdefault(place, []).append(float(row["return_mean"]))
+            run = (row["script"].replace("sac.py", "sb3.py"), setting, row["env_id"])
+            value = float(row["return_mean"])
+            at_step.setdefault((*run, row["global_step"]), []).append(value)
+            of_seed.setdefault((*run, row["seed"]), []).append(value)
     returns = [x for seeds in at_step.values() for x in (*seeds, sum(seeds) / len(seeds))]
+    returns += [sum(values[-10:]) / 10 for values in of_seed.values() if len(values) >= 10]
     return " ".join(f"{x:,.0f}" for x in returns)
 
 
@@ -56,9 +60,9 @@ def test_returns_in_the_text_are_those_of_the_table():
     summaries = "summary.csv summary_area.csv million.csv million_late.csv million_area.csv baselines_summary.csv"
     for name in f"{runs} {summaries}".split():
         table += collect.markdown(ROOT / "benchmark/results" / name)
-    table += returns_with_other_n(ROOT / "benchmark/results/best_of_n_million.csv")
+    table += " " + returns_with_other_n(ROOT / "benchmark/results/best_of_n_million.csv")
     for name in "field.csv", "second_edition.csv":
-        table += returns_on_the_way(ROOT / "benchmark/results" / name)
+        table += " " + returns_on_the_way(ROOT / "benchmark/results" / name)
     sections = (
         ("docs/som.md", "Deviations from the paper", 10),
         ("README.md", None, 10),
