@@ -904,7 +904,8 @@ def map_file(path, shape, num_added):
     missing = size - present - shutil.disk_usage(path.parent).free
     if missing > 0:
         raise OSError(f"{missing / 1e6:.1f} MB are missing; --no-checkpoint-buffer needs none")
-    with path.open("ab") as file:
+    path.touch()
+    with path.open("r+b") as file:  # some file systems reserve nothing in a file that is open for appending
         try:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)

@@ -990,7 +990,8 @@ def map_file(path, shape, num_added):
     missing = size - present - shutil.disk_usage(path.parent).free
     if missing > 0:
         raise OSError(f"{missing / 1e6:.1f} MB are missing; --no-checkpoint-buffer needs none")
-    with path.open("ab") as file:
+    path.touch()
+    with path.open("r+b") as file:  # some file systems reserve nothing in a file that is open for appending
         try:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)
@@ -1087,9 +1088,10 @@ def resumed_args(checkpoint):
     """The run's arguments, overridden by what the command line names; some cannot change."""
     args = tyro.cli(Args, default=Args(**checkpoint["args"]))
     fixed = "preset env_id seed num_seeds num_envs buffer_size checkpoint_frequency"
-    for name in f"{fixed} hidden_dim num_layers num_frequencies initial_lambda".split():
-        before = checkpoint["args"][name]
-        if getattr(args, name) != before:
+    fixed = f"{fixed} hidden_dim num_layers num_frequencies".split()
+    for name, before in checkpoint["args"].items():
+        is_fixed = name in fixed or name.endswith("_lr") or name == "initial_lambda"
+        if is_fixed and getattr(args, name) != before:
             exit_with_error(f"--{name.replace('_', '-')} is {before} here, and cannot change")
     return args
 
@@ -1372,6 +1374,7 @@ if __name__ == "__main__":
         for k, folder in enumerate(run_folders):
             networks = named_arrays(part_of_seed(k, acting_part(state)))
             config_text = (folder / "config.json").read_text()
-            with writing(folder):
-                np.savez(folder / "model.npz", config=config_text, **networks)
+            data = io.BytesIO()
+            np.savez(data, config=config_text, **networks)
+            write_file(folder / "model.npz", data.getbuffer())
     envs.close()

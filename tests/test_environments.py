@@ -127,6 +127,25 @@ def test_a_run_whose_disk_fills_meanwhile_gives_back_what_it_took(run, tmp_path,
     assert sizes(tmp_path)[0] < 50_000
 
 
+def test_a_file_system_that_reserves_by_writing_is_enough(run, resume, tmp_path, monkeypatch):
+    """Where a file system cannot reserve space the C library writes zeros, but never to a file open for appending."""
+    import fcntl
+
+    def fallocate(descriptor, start, size):
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_APPEND:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        missing = max(start + size - os.fstat(descriptor).st_size, 0)
+        os.pwrite(descriptor, bytes(missing), start + size - missing)
+
+    register("Toy-v0", ToyEnv)
+    monkeypatch.setattr(os, "posix_fallocate", fallocate)
+    folder = run("Toy-v0").run_folder
+    rows = (tmp_path / folder / "replay_buffer.bin").read_bytes()
+    assert any(rows)
+    assert resume(folder, *LONGER).global_step == 3000
+    assert (tmp_path / folder / "replay_buffer.bin").read_bytes()[:2000] == rows[:2000]
+
+
 def test_a_resumed_run_without_room_leaves_the_buffer_as_it_was(run, resume, tmp_path, monkeypatch, capsys):
     register("Toy-v0", ToyEnv)
     folder = run("Toy-v0").run_folder

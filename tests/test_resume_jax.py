@@ -478,7 +478,7 @@ def test_what_cannot_change_is_refused(finished, tmp_path, capsys):
     for flag, value in {
         "--env-id": "SeededToo-v0", "--hidden-dim": "32", "--num-layers": "2", "--seed": "2", "--num-seeds": "1",
         "--num-envs": "3", "--buffer-size": "100", "--num-frequencies": "3", "--checkpoint-frequency": "65",
-        "--initial-lambda": "2",
+        "--initial-lambda": "2", "--policy-lr": "1", "--q-lr": "1", "--alpha-lr": "1",
     }.items():  # fmt: skip
         message = refused(capsys, tmp_path, "--resume", finished, "--total-timesteps", "260", flag, value)
         assert flag in message and "cannot change" in message
