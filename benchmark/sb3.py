@@ -223,7 +223,7 @@ def args_of_run(run_folder):
 
 
 def load_policy(args):
-    """The library's policy, from the folder args.evaluate."""
+    """The library's policy, from the folder args.evaluate. Its file can run code: only of runs that you trust."""
     from stable_baselines3.common.policies import ActorCriticPolicy
     from stable_baselines3.sac.policies import SACPolicy
 
