@@ -91,7 +91,9 @@ def main(args):
             "episodes": num_episodes,
         }
         for n in args.best_of_n:
-            returns = evaluate(run, script, n, num_episodes) if script != SB3 or n == 1 else []
+            returns = []
+            if script != SB3 or n == 1:
+                returns = evaluate(run, script, n, num_episodes)
             row[f"N = {n}"] = " ".join(f"{mean:.0f}" for mean in returns)
         rows.append(row)
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)

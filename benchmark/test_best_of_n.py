@@ -74,8 +74,8 @@ def test_sac_and_ppo_have_one_action(tmp_path, capsys):
     command += "--total-timesteps 60 --num-envs 2 --hidden-dim 8 --num-episodes 2 --device cpu".split()
     for flags in (["--learning-starts", "20", "--seed", "3"], "--algo ppo --batch-size 20".split()):
         subprocess.run([*command, *flags], cwd=tmp_path, check=True, capture_output=True)
-    runs = tuple(tmp_path / f"runs/{name}" for name in ("Pendulum-v1__sac__3__*", "Pendulum-v1__ppo__1__*"))
-    runs = tuple(next(run.parent.glob(run.name)) for run in runs)
+    names = "Pendulum-v1__sac__3__*", "Pendulum-v1__ppo__1__*"
+    runs = tuple(next((tmp_path / "runs").glob(name)) for name in names)
     path = tmp_path / "table.csv"
     best_of_n.main(best_of_n.BestOfNArgs(runs=runs, csv=path, best_of_n=(1, 4)))
     with path.open() as file:

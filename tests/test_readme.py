@@ -33,7 +33,8 @@ def returns_on_the_way(path):
     with path.open() as file:
         for row in csv.DictReader(file):
             setting = row["setting"].replace("sac_980k", "sac_1m")  # SAC's first seed was ended earlier
-            run = (row["script"].replace("sac.py", "sb3.py"), setting, row["env_id"])
+            script = collect.RENAMED.get(row["script"], row["script"])
+            run = (script, setting, row["env_id"])
             value = float(row["return_mean"])
             at_step.setdefault((*run, row["global_step"]), []).append(value)
             of_seed.setdefault((*run, row["seed"]), []).append(value)
