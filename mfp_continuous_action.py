@@ -228,6 +228,14 @@ def best_of_n(u_fn, q_fn, obs, noise):
     return candidates[torch.arange(len(obs), device=obs.device), best], candidates
 
 
+def candidate_info(candidates):
+    """Diagnostics of candidate actions (B, N, A)."""
+    return {
+        "actions/candidate_std": candidates.std(dim=1, correction=0).mean(),
+        "actions/saturated": (candidates.abs() > 0.99).float().mean(),
+    }
+
+
 def critic_loss(q_twins, target_q_twins, batch, next_actions, args):
     """Squared temporal differences of the twins, against the smaller of the target twins.
 
@@ -286,7 +294,7 @@ class Agent(nn.Module):
         self.critic = QNetwork(2, obs_dim, act_dim, 1, *sizes)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.to(device)
-        adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
+        adam = partial(make_adam, on_gpu=device.type == "cuda", compiled=args.compile)
         self.optimizers = {
             "actor": adam(self.actor.parameters(), lr=args.policy_lr),
             "critic": adam(self.critic.parameters(), lr=args.q_lr),
@@ -296,6 +304,8 @@ class Agent(nn.Module):
         self.best_of_n = compile_(best_of_n)
         self.critic_loss = compile_(critic_loss)
         self.actor_loss = compile_(actor_loss)
+        self.candidate_info = compile_(candidate_info)
+        self.soft_update = compile_(soft_update)
 
     def q_fn(self, obs, a):
         """What best-of-N sees of the twins: (B, N)."""
@@ -319,9 +329,7 @@ class Agent(nn.Module):
         info = self.update_critic(batch, next_actions)
         if policy_is_due:
             info |= self.update_actor(batch, best_actions)
-        info["actions/candidate_std"] = candidates.std(dim=1, correction=0).mean()
-        info["actions/saturated"] = (candidates.abs() > 0.99).float().mean()
-        return info
+        return info | self.candidate_info(candidates)
 
     def update_critic(self, batch, next_actions):
         loss, info = self.critic_loss(self.critic, self.target_critic, batch, next_actions, self.args)
@@ -335,7 +343,7 @@ class Agent(nn.Module):
         eps = torch.randn(B, A, device=self.device)
         loss, info = self.actor_loss(self.actor, batch, best_actions, uniform, eps, self.args)
         self.descend("actor", loss)
-        soft_update(self.target_critic, self.critic, self.args.tau)
+        self.soft_update(self.target_critic, self.critic, self.args.tau)
         return info
 
     def descend(self, name, loss):
@@ -344,9 +352,18 @@ class Agent(nn.Module):
         self.optimizers[name].step()
 
 
-@torch.no_grad()
+def make_adam(parameters, lr, on_gpu, compiled):
+    """Adam. On a GPU the compiler's kernels are the faster ones: the library's fused one leaves most of it idle."""
+    if not (on_gpu and compiled):
+        return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=on_gpu)
+    optimizer = torch.optim.Adam(parameters, lr=lr, foreach=True, capturable=True)
+    optimizer.step = torch.compile(optimizer.step, dynamic=False)  # it has breaks: no fullgraph
+    return optimizer
+
+
 def soft_update(target, source, tau):
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+    with torch.no_grad():
+        torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
 
 
 class ReplayBuffer:
@@ -776,8 +793,10 @@ if __name__ == "__main__":
         start_time -= checkpoint["seconds"]
         agent.load_state_dict(checkpoint["agent"])
         for name, optimizer in agent.optimizers.items():
+            group = optimizer.param_groups[0]
+            own = {key: group[key] for key in ("fused", "foreach", "capturable")}
             optimizer.load_state_dict(checkpoint["optimizers"][name])
-            optimizer.param_groups[0]["capturable"] = on_gpu  # the run may come from another device
+            optimizer.param_groups[0].update(own)  # the run may come from another device
         torch.set_rng_state(checkpoint["cpu_generator"])
         if on_gpu and checkpoint["gpu_generator"] is not None:
             torch.cuda.set_rng_state(checkpoint["gpu_generator"])

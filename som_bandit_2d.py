@@ -548,9 +548,9 @@ class Agent:
         self.optimizers[name].step()
 
 
-@torch.no_grad()
 def soft_update(target, source, tau):
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+    with torch.no_grad():
+        torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
 
 
 def train(args, method, bandit, position):

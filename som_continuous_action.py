@@ -436,6 +436,14 @@ def best_of_n(u_fn, q_fn, obs, noise):
     return candidates[torch.arange(len(obs), device=obs.device), best], candidates
 
 
+def candidate_info(candidates):
+    """Diagnostics of candidate actions (B, N, A)."""
+    return {
+        "actions/candidate_std": candidates.std(dim=1, correction=0).mean(),
+        "actions/saturated": (candidates.abs() > 0.99).float().mean(),
+    }
+
+
 def critic_loss(q_twins, target_q_twins, batch, next_actions, args):
     """Squared temporal differences of the twins, against the smaller of the target twins.
 
@@ -554,11 +562,11 @@ class Agent(nn.Module):
         sobol = torch.quasirandom.SobolEngine(act_dim, scramble=True, seed=0)
         self.register_buffer("sobol", sobol.draw(args.num_mc_samples), persistent=False)  # (K, A)
         self.to(device)
-        adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
+        adam = partial(make_adam, on_gpu=device.type == "cuda", compiled=args.compile)
         self.optimizers = {
             "actor": adam(self.actor.parameters(), lr=args.policy_lr),
             "critic": adam(self.critic.parameters(), lr=args.q_lr),
-            "lambda": adam([self.log_lambda], lr=args.alpha_lr),
+            "lambda": adam([self.log_lambda], lr=args.alpha_lr, compiled=False),  # rare
         }
         self.score_q_fn = partial(self.q_fn, hidden_dtype=getattr(torch, args.score_dtype))
         # almost all of the time is spent in these. Without fullgraph a break would be silent, and slow
@@ -567,6 +575,9 @@ class Agent(nn.Module):
         self.critic_loss = compile_(critic_loss)
         self.distributional_critic_loss = compile_(distributional_critic_loss)
         self.actor_loss = compile_(actor_loss)
+        self.lattice_noise = compile_(lattice_noise)
+        self.candidate_info = compile_(candidate_info)
+        self.soft_update = compile_(soft_update)
 
     def q_fn(self, obs, a, hidden_dtype=None):
         """What best-of-N and the score see of the twins: (B, N)."""
@@ -605,9 +616,7 @@ class Agent(nn.Module):
             )
             self.mean_std.copy_(mean_std)
         self.descend("critic", loss)
-        info["actions/candidate_std"] = candidates.std(dim=1, correction=0).mean()
-        info["actions/saturated"] = (candidates.abs() > 0.99).float().mean()
-        return info
+        return info | self.candidate_info(candidates)
 
     def update_actor(self, batch):
         """The policy, then all moving averages."""
@@ -618,12 +627,12 @@ class Agent(nn.Module):
         if args.mc_noise == "normal":
             mc_eps = torch.randn(B, args.num_mc_samples, A, device=self.device)
         else:
-            mc_eps = lattice_noise(self.sobol, torch.rand(B, 1, A, device=self.device))
+            mc_eps = self.lattice_noise(self.sobol, torch.rand(B, 1, A, device=self.device))
         alpha = args.inverse_temperature / self.log_lambda.detach().exp()
         loss, info = self.actor_loss(self.actor, self.score_q_fn, batch, uniform, eps, mc_eps, alpha, args)
         self.descend("actor", loss)
-        soft_update(self.target_critic, self.critic, args.tau)
-        soft_update(self.acting_actor, self.actor, args.policy_tau)
+        self.soft_update(self.target_critic, self.critic, args.tau)
+        self.soft_update(self.acting_actor, self.actor, args.policy_tau)
         info["losses/alpha"] = alpha
         return info
 
@@ -639,9 +648,18 @@ class Agent(nn.Module):
         self.optimizers[name].step()
 
 
-@torch.no_grad()
+def make_adam(parameters, lr, on_gpu, compiled):
+    """Adam. On a GPU the compiler's kernels are the faster ones: the library's fused one leaves most of it idle."""
+    if not (on_gpu and compiled):
+        return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=on_gpu)
+    optimizer = torch.optim.Adam(parameters, lr=lr, foreach=True, capturable=True)
+    optimizer.step = torch.compile(optimizer.step, dynamic=False)  # it has breaks: no fullgraph
+    return optimizer
+
+
 def soft_update(target, source, tau):
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+    with torch.no_grad():
+        torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
 
 
 class ReplayBuffer:
@@ -1077,8 +1095,10 @@ if __name__ == "__main__":
         start_time -= checkpoint["seconds"]
         agent.load_state_dict(checkpoint["agent"])
         for name, optimizer in agent.optimizers.items():
+            group = optimizer.param_groups[0]
+            own = {key: group[key] for key in ("fused", "foreach", "capturable")}
             optimizer.load_state_dict(checkpoint["optimizers"][name])
-            optimizer.param_groups[0]["capturable"] = on_gpu  # the run may come from another device
+            optimizer.param_groups[0].update(own)  # the run may come from another device
         if not args.autotune:
             agent.log_lambda.data.zero_()  # lambda = 1
         torch.set_rng_state(checkpoint["cpu_generator"])

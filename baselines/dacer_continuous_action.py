@@ -406,17 +406,18 @@ class Agent(nn.Module):
         self.log_lambda = nn.Parameter(torch.tensor(math.log(initial_lambda)))
         self.to(device)
         self.diffusion = diffusion(args.num_diffusion_steps, args.schedule, device=device)
-        adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
+        adam = partial(make_adam, on_gpu=device.type == "cuda", compiled=args.compile)
         self.optimizers = {
             "actor": adam(self.actor.parameters(), lr=args.policy_lr),
             "critic": adam(self.critic.parameters(), lr=args.q_lr),
-            "lambda": adam([self.log_lambda], lr=args.alpha_lr),
+            "lambda": adam([self.log_lambda], lr=args.alpha_lr, compiled=False),  # rare
         }
         # almost all of the time is spent in these. Without fullgraph a break would be silent, and slow
         compile_ = partial(torch.compile, dynamic=False, fullgraph=True, disable=not args.compile)
         self.ddpm_sample = compile_(ddpm_sample)
         self.distributional_critic_loss = compile_(distributional_critic_loss)
         self.dacer_loss = compile_(dacer_loss)
+        self.soft_update = compile_(soft_update)
 
     def q_fn(self, obs, a):
         """What the policy sees of the twins (B, N): their smaller mean. No gradient reaches their weights."""
@@ -464,7 +465,7 @@ class Agent(nn.Module):
         draws = (noise, self.noise_on(noise[0]))  # of noise[0] the shape alone counts
         loss, info = self.dacer_loss(self.actor, self.q_fn, batch.obs, *draws, self.diffusion)
         self.descend("actor", loss)
-        soft_update(self.target_critic, self.critic, self.args.tau)
+        self.soft_update(self.target_critic, self.critic, self.args.tau)
         return info
 
     def update_lambda(self, obs):
@@ -485,9 +486,18 @@ class Agent(nn.Module):
         self.optimizers[name].step()
 
 
-@torch.no_grad()
+def make_adam(parameters, lr, on_gpu, compiled):
+    """Adam. On a GPU the compiler's kernels are the faster ones: the library's fused one leaves most of it idle."""
+    if not (on_gpu and compiled):
+        return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=on_gpu)
+    optimizer = torch.optim.Adam(parameters, lr=lr, foreach=True, capturable=True)
+    optimizer.step = torch.compile(optimizer.step, dynamic=False)  # it has breaks: no fullgraph
+    return optimizer
+
+
 def soft_update(target, source, tau):
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+    with torch.no_grad():
+        torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
 
 
 class ReplayBuffer:
@@ -917,8 +927,10 @@ if __name__ == "__main__":
         start_time -= checkpoint["seconds"]
         agent.load_state_dict(checkpoint["agent"])
         for name, optimizer in agent.optimizers.items():
+            group = optimizer.param_groups[0]
+            own = {key: group[key] for key in ("fused", "foreach", "capturable")}
             optimizer.load_state_dict(checkpoint["optimizers"][name])
-            optimizer.param_groups[0]["capturable"] = on_gpu  # the run may come from another device
+            optimizer.param_groups[0].update(own)  # the run may come from another device
         if not args.autotune:
             agent.log_lambda.data.zero_()  # lambda = 1
         torch.set_rng_state(checkpoint["cpu_generator"])

@@ -511,6 +511,14 @@ def denoising_loss(eps_fn, regression):
     return loss, info
 
 
+def candidate_info(candidates):
+    """Diagnostics of candidate actions (B, N, A)."""
+    return {
+        "actions/candidate_std": candidates.std(dim=1, correction=0).mean(),
+        "actions/saturated": (candidates.abs() > 0.99).float().mean(),
+    }
+
+
 def critic_loss(q_twins, target_q_twins, batch, next_actions, args):
     """Squared temporal differences of the twins, against the smaller of the target twins.
 
@@ -548,11 +556,11 @@ class Agent(nn.Module):
         self.log_lambda = nn.Parameter(torch.tensor(math.log(initial_lambda)))
         self.to(device)
         self.diffusion = diffusion(args.num_diffusion_steps, args.schedule, device=device)
-        adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
+        adam = partial(make_adam, on_gpu=device.type == "cuda", compiled=args.compile)
         self.optimizers = {
             "actor": adam(self.actor.parameters(), lr=args.policy_lr),
             "critic": adam(self.critic.parameters(), lr=args.q_lr),
-            "lambda": adam([self.log_lambda], lr=args.alpha_lr),
+            "lambda": adam([self.log_lambda], lr=args.alpha_lr, compiled=False),  # rare
         }
         # almost all of the time is spent in these. Without fullgraph a break would be silent, and slow
         compile_ = partial(torch.compile, dynamic=False, fullgraph=True, disable=not args.compile)
@@ -560,6 +568,8 @@ class Agent(nn.Module):
         self.critic_loss = compile_(critic_loss)
         self.method = compile_(METHODS[args.method])
         self.denoising_loss = compile_(denoising_loss)
+        self.candidate_info = compile_(candidate_info)
+        self.soft_update = compile_(soft_update)
 
     def q_fn(self, obs, a):
         """What best-of-N and the regression see of the twins: (B, N)."""
@@ -614,9 +624,7 @@ class Agent(nn.Module):
         info = self.update_critic(batch)
         if policy_is_due:
             info |= self.update_actor(batch)
-        info["actions/candidate_std"] = candidates.std(dim=1, correction=0).mean()
-        info["actions/saturated"] = (candidates.abs() > 0.99).float().mean()
-        return info
+        return info | self.candidate_info(candidates)
 
     def update_critic(self, batch):
         critics = (self.critic, self.target_critic)
@@ -633,8 +641,8 @@ class Agent(nn.Module):
             regression, info = self.method(self.q_fn, self.actor, *inputs)
         loss, loss_info = self.denoising_loss(self.actor, regression)
         self.descend("actor", loss)
-        soft_update(self.target_critic, self.critic, self.args.tau)
-        soft_update(self.target_actor, self.actor, self.args.tau)
+        self.soft_update(self.target_critic, self.critic, self.args.tau)
+        self.soft_update(self.target_actor, self.actor, self.args.tau)
         self.q_stats.copy_(info.pop("q_stats", self.q_stats))
         return info | loss_info | {"losses/lambda": state.lam}
 
@@ -650,9 +658,18 @@ class Agent(nn.Module):
         self.optimizers[name].step()
 
 
-@torch.no_grad()
+def make_adam(parameters, lr, on_gpu, compiled):
+    """Adam. On a GPU the compiler's kernels are the faster ones: the library's fused one leaves most of it idle."""
+    if not (on_gpu and compiled):
+        return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=on_gpu)
+    optimizer = torch.optim.Adam(parameters, lr=lr, foreach=True, capturable=True)
+    optimizer.step = torch.compile(optimizer.step, dynamic=False)  # it has breaks: no fullgraph
+    return optimizer
+
+
 def soft_update(target, source, tau):
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+    with torch.no_grad():
+        torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
 
 
 class ReplayBuffer:
@@ -1117,8 +1134,10 @@ if __name__ == "__main__":
         if not args.autotune:
             agent.log_lambda.data.zero_()  # lambda = 1
         for name, optimizer in agent.optimizers.items():
+            group = optimizer.param_groups[0]
+            own = {key: group[key] for key in ("fused", "foreach", "capturable")}
             optimizer.load_state_dict(checkpoint["optimizers"][name])
-            optimizer.param_groups[0]["capturable"] = on_gpu  # the run may come from another device
+            optimizer.param_groups[0].update(own)  # the run may come from another device
         torch.set_rng_state(checkpoint["cpu_generator"])
         if on_gpu and checkpoint["gpu_generator"] is not None:
             torch.cuda.set_rng_state(checkpoint["gpu_generator"])

@@ -1291,6 +1291,23 @@ def test_updates_leave_each_other_alone():
     assert moved["lambda"] == {"log_lambda"}
 
 
+def test_compiled_adam_steps_as_the_fused_one():
+    # SLOW: the compiler takes its time
+    vectors = []
+    for on_gpu in (False, True):  # on a CPU the latter can only step if it is compiled
+        torch.manual_seed(1)
+        network = som.EnsembleMLP(2, 3, 2, 1, hidden_dim=8, num_layers=2)
+        optimizer = som.make_adam(network.parameters(), lr=1e-2, on_gpu=on_gpu, compiled=True)
+        start = torch.nn.utils.parameters_to_vector(network.parameters()).detach().clone()
+        for _ in range(4):
+            optimizer.zero_grad()
+            network(torch.randn(8, 3), torch.randn(8, 1, 2)).square().mean().backward()
+            optimizer.step()
+        vectors.append(torch.nn.utils.parameters_to_vector(network.parameters()).detach())
+    assert (vectors[0] - start).abs().median() > 1e-2
+    close(vectors[1], vectors[0], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize(
     "changes",
     (

@@ -301,7 +301,7 @@ def test_a_run_moves_between_devices(run_loop, finished, capsys):
     path = sorted(finished.glob("checkpoint_*.pt"))[-1]
     checkpoint = torch.load(path, weights_only=True)
     for optimizer in checkpoint["optimizers"].values():
-        optimizer["param_groups"][0]["capturable"] = True
+        optimizer["param_groups"][0] |= {"fused": None, "foreach": True, "capturable": True}
     of_gpu = {"args": checkpoint["args"] | {"device": "gpu"}, "gpu_generator": torch.zeros(16).byte()}
     torch.save(checkpoint | of_gpu, path)
     if not torch.cuda.is_available():
@@ -310,7 +310,9 @@ def test_a_run_moves_between_devices(run_loop, finished, capsys):
     assert run.start_step == 120 and run.global_step == 200
     last = torch.load(checkpoints(finished)[-1], weights_only=True)
     assert last["args"]["device"] == "cpu" and last["gpu_generator"] is None
-    assert not last["optimizers"]["actor"]["param_groups"][0]["capturable"]
+    for optimizer in last["optimizers"].values():
+        (group,) = optimizer["param_groups"]
+        assert group["fused"] and not group["foreach"] and not group["capturable"]
 
 
 def test_evaluate_prints_the_returns_and_changes_nothing(run_loop, finished, capsys):
