@@ -511,14 +511,6 @@ def denoising_loss(eps_fn, regression):
     return loss, info
 
 
-def candidate_info(candidates):
-    """Diagnostics of candidate actions (B, N, A)."""
-    return {
-        "actions/candidate_std": candidates.std(dim=1, correction=0).mean(),
-        "actions/saturated": (candidates.abs() > 0.99).float().mean(),
-    }
-
-
 def critic_loss(q_twins, target_q_twins, batch, next_actions, args):
     """Squared temporal differences of the twins, against the smaller of the target twins.
 
@@ -658,15 +650,6 @@ class Agent(nn.Module):
         self.optimizers[name].step()
 
 
-def make_adam(parameters, lr, on_gpu, compiled):
-    """Adam. On a GPU the compiler's kernels are the faster ones: the library's fused one leaves most of it idle."""
-    if not (on_gpu and compiled):
-        return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=on_gpu)
-    optimizer = torch.optim.Adam(parameters, lr=lr, foreach=True, capturable=True)
-    optimizer.step = torch.compile(optimizer.step, dynamic=False)  # it has breaks: no fullgraph
-    return optimizer
-
-
 def soft_update(target, source, tau):
     with torch.no_grad():
         torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
@@ -778,6 +761,23 @@ class CUDAGraph:
                 self.result = self.function()  # recorded, not executed
         self.graph.replay()
         return self.result  # the same memory every time
+
+
+def make_adam(parameters, lr, on_gpu, compiled):
+    """Adam. On a GPU the compiler's kernels are the faster ones: the library's fused one leaves most of it idle."""
+    if not (on_gpu and compiled):
+        return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=on_gpu)
+    optimizer = torch.optim.Adam(parameters, lr=lr, foreach=True, capturable=True)
+    optimizer.step = torch.compile(optimizer.step, dynamic=False)  # it has breaks: no fullgraph
+    return optimizer
+
+
+def candidate_info(candidates):
+    """Diagnostics of candidate actions (B, N, A)."""
+    return {
+        "actions/candidate_std": candidates.std(dim=1, correction=0).mean(),
+        "actions/saturated": (candidates.abs() > 0.99).float().mean(),
+    }
 
 
 def make_policy(agent, box, seed=None):

@@ -62,7 +62,7 @@ def test_returns_in_the_text_are_those_of_the_table():
     for name in f"{runs} {summaries}".split():
         table += collect.markdown(ROOT / "benchmark/results" / name)
     table += " " + returns_with_other_n(ROOT / "benchmark/results/best_of_n_million.csv")
-    for name in "field.csv", "second_edition.csv":
+    for name in "field.csv", "second_edition.csv", "gpu_run.csv":
         table += " " + returns_on_the_way(ROOT / "benchmark/results" / name)
     sections = (
         ("docs/som.md", "Deviations from the paper", 10),
