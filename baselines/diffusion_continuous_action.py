@@ -79,7 +79,7 @@ class Args:
     seed: int = 1  # seed of networks, noise, environments and evaluation
     preset: Literal["laptop"] | None = None  # small networks, a short run; other flags override it
     device: Literal["auto", "cpu", "gpu"] = "auto"  # where to train; auto: on a GPU if there is one
-    compile: bool = torch.cuda.is_available()  # compile acting and losses (default: on a GPU)
+    compile: bool = torch.cuda.is_available()  # compile acting and updates (default: on a GPU)
     matmul_precision: Literal["high", "highest"] = "high"  # of products on a GPU: TF32 or float32
     track: bool = False  # also log to Weights and Biases
     capture_video: bool = False  # record one episode of every evaluation in the run's folder

@@ -675,7 +675,7 @@ def main(options):
     if options.first_edition is not None and not (options.first_edition / "som_continuous_action.py").is_file():
         collect.exit_with_error(f"--first-edition {options.first_edition} is no checkout of the repository")
     device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
-    torch._dynamo.config.recompile_limit = 1000  # all methods compile the library's Adam in this one process
+    torch._dynamo.config.cache_size_limit = 1000  # all methods compile the library's Adam in this one process
     if device.type == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream())  # the default one cannot be captured
     rows = []

@@ -4,6 +4,7 @@ torch.compile takes half a minute; leave it out with: pytest -k "not compile"
 """
 
 import copy
+import io
 import math
 from functools import partial
 from itertools import pairwise
@@ -1294,24 +1295,32 @@ def test_updates_leave_each_other_alone():
 def test_compiled_adam_steps_as_the_fused_one():
     # SLOW: the compiler takes its time
     vectors = []
-    for on_gpu in (False, True):  # on a CPU the latter can only step if it is compiled
+    moments = []
+    for on_gpu in (False, True):
         torch.manual_seed(1)
         network = som.EnsembleMLP(2, 3, 2, 1, hidden_dim=8, num_layers=2)
         optimizer = som.make_adam(network.parameters(), lr=1e-2, on_gpu=on_gpu, compiled=True)
+        (group,) = optimizer.param_groups
+        assert (bool(group["fused"]), bool(group["foreach"])) == (not on_gpu, on_gpu)
         start = torch.nn.utils.parameters_to_vector(network.parameters()).detach().clone()
         for _ in range(4):
             optimizer.zero_grad()
             network(torch.randn(8, 3), torch.randn(8, 1, 2)).square().mean().backward()
-            optimizer.step()
+            optimizer.step()  # of the second on a CPU an error if it is not compiled
         vectors.append(torch.nn.utils.parameters_to_vector(network.parameters()).detach())
+        file = io.BytesIO()
+        torch.save(optimizer.state_dict(), file)
+        file.seek(0)
+        moments.append(torch.load(file, weights_only=True)["state"])  # as a checkpoint is read
     assert (vectors[0] - start).abs().median() > 1e-2
     close(vectors[1], vectors[0], atol=1e-5, rtol=0)
+    close(moments[1], moments[0], atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
     "changes",
     (
-        {"critic_loss": "distributional"},
+        {"critic_loss": "distributional", "mc_noise": "lattice"},
         pytest.param({"critic_loss": "distributional", "reference": "box", "climb_steps": 2}, marks=pytest.mark.slow),
     ),
     ids=("distributional", "box"),
@@ -1319,15 +1328,18 @@ def test_compiled_adam_steps_as_the_fused_one():
 def test_compiled_updates_equal_eager_ones(changes):
     # SLOW: the compiler takes its time
     agents = [tiny_agent(compile=compile, **changes) for compile in (False, True)]
+    infos = []
     for agent in agents:
         torch.manual_seed(2)
         for i in range(3):
-            agent.update(random_batch(i))
+            info = agent.update(random_batch(i))
             agent.update_lambda()
-    modules = [(agent.actor, agent.critic, agent.target_critic) for agent in agents]
+        infos.append(info)
+    modules = [(agent.actor, agent.acting_actor, agent.critic, agent.target_critic) for agent in agents]
     states = [[parameter for network in networks for parameter in network.parameters()] for networks in modules]
     for agent, state in zip(agents, states, strict=True):
         state += [agent.log_lambda, agent.mean_std]
     start = tiny_agent(**changes)
     assert (states[0][0] - start.actor.weights[0]).abs().max() > 1e-4  # the updates moved something
     close(states[1], states[0], atol=1e-5, rtol=0)
+    close(infos[1], infos[0], atol=1e-4, rtol=1e-3)
