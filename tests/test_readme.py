@@ -27,31 +27,36 @@ def test_every_table_has_its_csv():
 
 
 def returns_on_the_way(path):
-    """What the text may say of a run: every evaluation, means over seeds, and each seed's last ten evaluations."""
+    """What the text may say of runs: every evaluation, the mean of a run's last ten, and means over runs of both."""
     at_step = {}
-    of_seed = {}
+    of_run = {}
     with path.open() as file:
         for row in csv.DictReader(file):
             setting = row["setting"].replace("sac_980k", "sac_1m")  # SAC's first seed was ended earlier
             script = collect.RENAMED.get(row["script"], row["script"])
-            run = (script, setting, row["env_id"])
             value = float(row["return_mean"])
-            at_step.setdefault((*run, row["global_step"]), []).append(value)
-            of_seed.setdefault((*run, row["seed"]), []).append(value)
-    returns = [x for seeds in at_step.values() for x in (*seeds, sum(seeds) / len(seeds))]
-    returns += [sum(values[-10:]) / 10 for values in of_seed.values() if len(values) >= 10]
+            for name in {setting, setting.removesuffix("_again")}:  # SAC's later runs alone, and with the first ones
+                at_step.setdefault((script, name, row["env_id"], row["global_step"]), []).append(value)
+            of_run.setdefault((script, setting, row["env_id"], row["seed"]), []).append(value)
+    late = {}
+    for (script, setting, env_id, _), values in of_run.items():
+        if len(values) >= 10:
+            for name in {setting, setting.removesuffix("_again")}:
+                late.setdefault((script, name, env_id), []).append(sum(values[-10:]) / 10)
+    returns = [x for runs in (*at_step.values(), *late.values()) for x in (*runs, sum(runs) / len(runs))]
     return " ".join(f"{x:,.0f}" for x in returns)
 
 
 def returns_with_other_n(path):
     """Every seed's return, and the means over seeds, of a table of benchmark/best_of_n.py."""
-    returns = []
+    of_runs = {}  # SAC's runs have a row each, in which all but N = 1 is empty
     with path.open() as file:
         for row in csv.DictReader(file):
             for name, cell in row.items():
-                if name.startswith("N = "):
-                    seeds = [float(x) for x in cell.split()]
-                    returns += [*seeds, sum(seeds) / len(seeds)]
+                if name.startswith("N = ") and cell:
+                    run = (row["env_id"], row["setting"], name)
+                    of_runs.setdefault(run, []).extend(float(x) for x in cell.split())
+    returns = [x for seeds in of_runs.values() for x in (*seeds, sum(seeds) / len(seeds))]
     return " ".join(f"{x:,.0f}" for x in returns)
 
 
