@@ -743,7 +743,7 @@ class CUDAGraph:
 
 
 def make_adam(parameters, lr, on_gpu, compiled):
-    """Adam. On a GPU the compiler's kernels are the faster ones: the library's fused one leaves most of it idle."""
+    """Adam, compiled on a GPU: the library's fused kernel leaves most of the card idle."""
     if not (on_gpu and compiled):
         return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=on_gpu)
     optimizer = torch.optim.Adam(parameters, lr=lr, foreach=True, capturable=True)
