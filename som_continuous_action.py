@@ -558,7 +558,7 @@ class Agent(nn.Module):
         self.optimizers = {
             "actor": adam(self.actor.parameters(), lr=args.policy_lr),
             "critic": adam(self.critic.parameters(), lr=args.q_lr),
-            "lambda": adam([self.log_lambda], lr=args.alpha_lr, compiled=False),  # rare
+            "lambda": adam([self.log_lambda], lr=args.alpha_lr, compiled=False),  # it steps rarely
         }
         self.score_q_fn = partial(self.q_fn, hidden_dtype=getattr(torch, args.score_dtype))
         # almost all of the time is spent in these. Without fullgraph a break would be silent, and slow

@@ -552,7 +552,7 @@ class Agent(nn.Module):
         self.optimizers = {
             "actor": adam(self.actor.parameters(), lr=args.policy_lr),
             "critic": adam(self.critic.parameters(), lr=args.q_lr),
-            "lambda": adam([self.log_lambda], lr=args.alpha_lr, compiled=False),  # rare
+            "lambda": adam([self.log_lambda], lr=args.alpha_lr, compiled=False),  # it steps rarely
         }
         # almost all of the time is spent in these. Without fullgraph a break would be silent, and slow
         compile_ = partial(torch.compile, dynamic=False, fullgraph=True, disable=not args.compile)
