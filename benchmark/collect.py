@@ -28,7 +28,8 @@ DOCS = ROOT / "docs"
 PAGES = ROOT / "README.md", DOCS / "som.md", DOCS / "results.md", DOCS / "bandit.md", DOCS / "baselines.md"
 FOLDERS = "", "benchmark/", "baselines/"  # where scripts lie
 RENAMED = {"benchmark/sac.py": "benchmark/sb3.py"}  # rows and run folders from before name the old one
-NOT_SHOWN = "--exp-name", "--env-id", "--seed", "--save-model"  # in the table's own flags
+# what the tables' own flags leave out: a run's name, and where and how it was computed
+NOT_SHOWN = "--exp-name", "--env-id", "--seed", "--save-model", "--device", "--compile", "--no-compile"
 COLUMNS = (
     "script setting env_id seed global_step return_mean return_std num_updates wall_time_s "
     "versions commit hardware command"
@@ -86,7 +87,10 @@ def dict_of(node, known):
 
 @functools.cache
 def defaults_of(script, preset=None):
-    """The literal defaults of a script's Args, with those of a preset; None if the script is not here."""
+    """The defaults of a script's Args, with those of a preset; None if the script is not here.
+
+    A default that depends on the machine, as that of --compile, is None: a command always names the value.
+    """
     path = ROOT / RENAMED.get(script, script)
     if not path.is_file():
         return None
@@ -96,8 +100,8 @@ def defaults_of(script, preset=None):
         if isinstance(node, ast.ClassDef) and node.name == "Args":
             for field in node.body:
                 is_literal, value = literal(getattr(field, "value", None))
-                if isinstance(field, ast.AnnAssign) and is_literal:
-                    defaults[field.target.id] = value
+                if isinstance(field, ast.AnnAssign) and field.value is not None:
+                    defaults[field.target.id] = value if is_literal else None
         # LAPTOP = {...}, LAPTOP |= {...}, PEAKS = LAPTOP | {...}; so does sb3.py with the name of an algorithm
         if isinstance(node, ast.Assign | ast.AugAssign):
             target = node.target if isinstance(node, ast.AugAssign) else node.targets[0]
