@@ -131,7 +131,7 @@ def defaults_of_method(script, method, preset=None):
     if not path.is_file():
         return None
     defaults = asdict(load_script(path).default_args(method, preset))
-    return defaults | {"method": None, "preset": None}  # a command names them
+    return defaults | {"method": None, "preset": None, "compile": None}  # a command names them
 
 
 def words_of(name, value):

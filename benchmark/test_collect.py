@@ -99,14 +99,21 @@ def test_a_command_is_read_back_as_it_was_meant(name):
     assert collect.flags_of(collect.command_of(config)) == ["--target-entropy -1.5"]
 
 
-@pytest.mark.parametrize("script", ["som_continuous_action.py", "baselines/dacer_continuous_action.py"])
-def test_a_command_says_where_and_how_a_run_was_computed_and_a_table_does_not(script):
+@pytest.mark.parametrize(
+    ("script", "method"),
+    [
+        ("som_continuous_action.py", {}),
+        ("baselines/dacer_continuous_action.py", {}),
+        ("baselines/diffusion_continuous_action.py", {"method": "sdac"}),
+    ],
+)
+def test_a_command_says_where_and_how_a_run_was_computed_and_a_table_does_not(script, method):
     """Whether a run is compiled depends on the machine that it begins on, so no default tells it."""
     for compiled, flag in ((True, "--compile"), (False, "--no-compile")):
-        config = CONFIG | {"script": script, "device": "gpu", "compile": compiled, "gamma": 0.9}
+        config = CONFIG | method | {"script": script, "device": "gpu", "compile": compiled, "gamma": 0.9}
         command = collect.command_of(config)
         assert {flag, "--device", "gpu"} <= set(command.split())
-        assert collect.flags_of(command) == ["--gamma 0.9"]
+        assert collect.flags_of(command) == [f"--{name} {value}" for name, value in ({"gamma": 0.9} | method).items()]
 
 
 def test_only_what_is_not_the_default_is_given():
