@@ -16,7 +16,7 @@ returns a Regression(obs, a_k, k, eps, weight), and the five stand side by side:
     sdac   (s, a_0) of the buffer; eps the mean of K noises eps_j, weighted by exp(alpha Q(s, a_j)), where
            a_j is the action that eps_j turns into a_k
     dpmd   (s', a'), the action of the TD target; eps its noise; weight exp(Q / lambda), Q standardised
-    qsm    (s, a_0) of the buffer; eps = -alpha sigma_k grad Q(s, a_k)
+    qsm    (s, a_0) of the buffer; eps = -c sigma_k grad Q(s, a_k), grad Q in units of its mean size
     dipo   the buffer's s, and its action moved up Q, again and again; eps its noise
     qvpo   s, and the best of K own actions; eps its noise; weight its advantage; a few uniform actions
 
