@@ -189,10 +189,15 @@ class EnsembleMLP(nn.Module):
             self.weights.append(torch.empty(size, fan_in, fan_out).uniform_(-bound, bound))
             self.biases.append(torch.empty(size, 1, fan_out).uniform_(-bound, bound))
 
-    def forward(self, obs, x, hidden_dtype=None):
-        """hidden_dtype: of the hidden layers; the last product always has the dtype of x."""
+    def forward(self, obs, x):
+        h = self.hidden(obs, x)
+        out = h @ self.weights[-1] + self.biases[-1]
+        return out.unflatten(1, x.shape[:2])
+
+    def hidden(self, obs, x, dtype=None):
+        """The hidden layers' output (size, B * N, H), of x's dtype. dtype: of their products."""
         B, N, D = x.shape
-        dtype = hidden_dtype or x.dtype
+        dtype = dtype or x.dtype
         layers = list(zip(self.weights, self.biases, strict=True))
         w, b = layers[0]
         w_obs, w_x = w.to(dtype).split([obs.shape[1], D], dim=1)
@@ -201,9 +206,7 @@ class EnsembleMLP(nn.Module):
         h = (h_obs.unsqueeze(2) + h_x).flatten(1, 2)  # (size, B * N, H), before the activation
         for w, b in layers[1:-1]:
             h = F.gelu(h) @ w.to(dtype) + b.to(dtype)
-        w, b = layers[-1]
-        out = F.gelu(h.to(x.dtype)) @ w + b
-        return out.unflatten(1, (B, N))
+        return F.gelu(h.to(x.dtype))
 
 
 class DiffusionActor(EnsembleMLP):

@@ -56,7 +56,7 @@ def last_step(run, script):
 def evaluate(run, script, n, num_episodes):
     """Mean return of each seed without exploration noise, by the script's --evaluate."""
     command = [sys.executable, str(collect.ROOT / script), "--evaluate", str(run)]
-    command += ["--num-episodes", str(num_episodes)]
+    command += ["--num-episodes", str(num_episodes), "--device", "auto"]  # of a run made on a GPU too
     if script != SB3:
         command += ["--best-of-n", str(n)]
     result = subprocess.run(command, capture_output=True, text=True)

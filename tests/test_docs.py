@@ -64,7 +64,7 @@ def tags_of(path):
 @cache
 def rows_of_results():
     names = set()
-    for table in "small_setting.csv", "grid.csv", "field.csv":
+    for table in "small_setting.csv", "grid.csv", "field.csv", "gpu_run.csv":
         with (ROOT / "benchmark/results" / table).open() as file:
             names |= {row["setting"] for row in csv.DictReader(file)}
     return names

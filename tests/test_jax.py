@@ -342,7 +342,7 @@ def test_score_with_hidden_layers_in_bfloat16():
         return unit(jax.jit(partial(somx.estimate_score, q_fn))(obs, a, mu, sigma, eps, 5.0)[0])
 
     def q_fn_t(obs, a):
-        return critic(obs, a, torch.bfloat16)[0].mean(dim=0)
+        return critic.mean_return(obs, a, torch.bfloat16).mean(dim=0)
 
     theirs = unit(som.estimate_score(q_fn_t, obs_t, a_t, *torch.tensor([[0.9], [0.4]]), eps_t, 5.0)[0])
     exact, ours, naive = score(jnp.float32), score(jnp.bfloat16), score(jnp.bfloat16, jnp.bfloat16)

@@ -66,7 +66,8 @@ def test_returns_in_the_text_are_those_of_the_table():
     summaries = "summary.csv summary_area.csv million.csv million_late.csv million_area.csv baselines_summary.csv"
     for name in f"{runs} {summaries}".split():
         table += collect.markdown(ROOT / "benchmark/results" / name)
-    table += " " + returns_with_other_n(ROOT / "benchmark/results/best_of_n_million.csv")
+    for name in "best_of_n_million.csv", "best_of_n_gpu.csv":
+        table += " " + returns_with_other_n(ROOT / "benchmark/results" / name)
     for name in "field.csv", "second_edition.csv", "gpu_run.csv":
         table += " " + returns_on_the_way(ROOT / "benchmark/results" / name)
     sections = (
