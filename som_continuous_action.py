@@ -109,6 +109,7 @@ class Args:
     beta_max: float = 1.0  # beta(1) of it; the paper prints none
     zero_r_ratio: float = 0.5  # share of a batch with r = 0, the r of acting  # differs from the paper: 0.0
     noise_scale: float = 0.1  # of the exploration: its std is noise_scale * lambda
+    target_smoothing: bool = False  # the same noise on the next actions, which bootstrap
     autotune: bool = True  # move lambda, from initial_lambda on; without, it is 1 throughout
     initial_lambda: float = 5.0  # lambda at the start, if it moves
     alpha_lr: float = 7e-3  # learning rate of log lambda
@@ -605,7 +606,7 @@ class Agent(nn.Module):
         return info
 
     def update_critic(self, batch):
-        next_actions, candidates = self.act(batch.next_obs)
+        next_actions, candidates = self.act(batch.next_obs, explore=self.args.target_smoothing)
         if self.args.critic_loss == "mse":
             q_twins, target_q_twins = self.critic.mean_return, self.target_critic.mean_return
             loss, info = self.critic_loss(q_twins, target_q_twins, batch, next_actions, self.args)

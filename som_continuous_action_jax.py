@@ -119,6 +119,7 @@ class Args:
     beta_max: float = 1.0  # beta(1) of it; the paper prints none
     zero_r_ratio: float = 0.5  # share of a batch with r = 0, the r of acting  # differs from the paper: 0.0
     noise_scale: float = 0.1  # of the exploration: its std is noise_scale * lambda
+    target_smoothing: bool = False  # the same noise on the next actions, which bootstrap
     autotune: bool = True  # move lambda, from initial_lambda on; without, it is 1 throughout
     initial_lambda: float = 5.0  # lambda at the start, if it moves
     alpha_lr: float = 7e-3  # learning rate of log lambda
@@ -620,7 +621,8 @@ def update(state, batch, key, args, policy_is_due=True):
 
 def update_critic(state, batch, key, args):
     act_key, z_key = jax.random.split(key)
-    next_actions, candidates = act(acting_part(state), batch.next_obs, act_key, args)
+    acting = acting_part(state)
+    next_actions, candidates = act(acting, batch.next_obs, act_key, args, args.target_smoothing)
     next_actions = stop_gradient(next_actions)
 
     def loss_fn(critic):

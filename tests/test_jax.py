@@ -405,6 +405,7 @@ UPDATES = {
     "bfloat16": {"score_dtype": "bfloat16"},
     "box": {"reference": "box"},
     "peaks": {"reference": "box", "climb_steps": 2},
+    "smoothed": {"target_smoothing": True},
 }
 
 
@@ -424,7 +425,7 @@ def test_updates_are_those_of_the_pytorch_agent(monkeypatch, variant):
     ring = one(somx.Ring(jnp.array(rows), jnp.int32(0), jnp.int32(B)))
     widths = [O, O, A, 1, 1]
     draws = []
-    for function in "randn", "rand":
+    for function in "randn", "rand", "randn_like":
         monkeypatch.setattr(torch, function, lambda *_, **__: torch.tensor(np.asarray(draws.pop(0))))
     update_lambda, updates = somx.side_by_side(somx.update_lambda, args=args_x), {}
     for number in range(1, 5):
@@ -432,7 +433,10 @@ def test_updates_are_those_of_the_pytorch_agent(monkeypatch, variant):
         _, sample_key, update_key = jax.random.split(state.key[0], 3)
         critic_key, actor_key = jax.random.split(update_key)
         act_key, z_key = jax.random.split(critic_key)
-        draws += [jax.random.normal(jax.random.split(act_key)[0], (B, N, A))]
+        noise_key, explore_key = jax.random.split(act_key)
+        draws += [jax.random.normal(noise_key, (B, N, A))]
+        if args.target_smoothing:
+            draws += [jax.random.normal(explore_key, (B, A))]
         if args.critic_loss == "distributional":
             draws += [jax.random.normal(z_key, (B,))]
         if due:

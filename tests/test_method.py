@@ -855,6 +855,21 @@ def test_exploration_noise_has_std_noise_scale_times_lambda():
     assert abs((agent.act(obs, explore=True)[0] - 0.2).std() / 0.08 - 1) < 0.02
 
 
+@pytest.mark.parametrize("smoothed", (False, True))
+def test_target_smoothing_has_the_noise_of_exploration(smoothed):
+    agent = tiny_agent(noise_scale=0.02, initial_lambda=4.0, target_smoothing=smoothed)
+    agent.best_of_n = lambda u_fn, q_fn, obs, noise: (torch.full((20_000, 2), 0.2), noise)
+    bootstrapping = []
+    agent.critic_loss = lambda q, target_q, batch, next_actions, args: (
+        bootstrapping.append(next_actions) or som.critic_loss(q, target_q, batch, next_actions, args)
+    )
+    agent.update_critic(random_batch(1, n=20_000))
+    (next_actions,) = bootstrapping
+    assert abs(next_actions.mean() - 0.2) < 0.002
+    assert (next_actions == 0.2).all() or smoothed
+    assert abs(next_actions.std() - (0.08 if smoothed else 0)) < 0.002
+
+
 def test_a_generator_of_its_own_leaves_the_others_alone():
     agent, obs = tiny_agent(), torch.zeros(4, 5)
     state = torch.get_rng_state()
@@ -1264,7 +1279,7 @@ def test_updates_are_those_of_the_first_edition(critic_loss, reference):
     torch.manual_seed(2)
     if critic_loss == "mse":  # the first edition drew the distributional loss's numbers with every loss
         act = agent.act
-        agent.act = lambda obs: (act(obs), torch.randn(32))[0]
+        agent.act = lambda obs, explore: (act(obs, explore), torch.randn(32))[0]
     for i in range(1, 7):
         agent.update(random_batch(i), policy_is_due=i % 2 == 0)
         if i % 2 == 0:
