@@ -116,14 +116,6 @@ def make_env(env_id, video_folder=None):
     return gym.wrappers.TransformObservation(env, np.array, env.observation_space)
 
 
-def make_training_env(env_id):
-    """The environment with actions in [-1, 1]^A."""
-    env = make_env(env_id)
-    box = env.action_space
-    unit_box = gym.spaces.Box(-1, 1, box.shape)
-    return gym.wrappers.TransformAction(env, partial(to_box, box=box), unit_box)
-
-
 def to_box(actions, box):
     """Actions in [-1, 1]^A as actions of an environment, never outside its box, of its dtype."""
     low = box.low.astype(np.float64)
@@ -1000,7 +992,7 @@ if __name__ == "__main__":
             exit_with_error(f"stopped; go on with --resume {run_folder}", 128 + received_signals[0])
 
     # TRY NOT TO MODIFY: start the game
-    thunks = args.num_envs * [partial(make_training_env, args.env_id)]
+    thunks = args.num_envs * [partial(make_env, args.env_id)]
     envs = gym.vector.SyncVectorEnv(thunks, autoreset_mode="SameStep")
     obs, _ = envs.reset(seed=env_seeds.tolist())
     info = {}  # the latest value of every diagnostic
@@ -1033,7 +1025,7 @@ if __name__ == "__main__":
         actions = outbox.numpy()
         if global_step <= args.learning_starts:
             actions = 2 * torch.rand(args.num_envs, act_dim).numpy() - 1
-        next_obs, rewards, terminated, truncated, infos = envs.step(actions)
+        next_obs, rewards, terminated, truncated, infos = envs.step(to_box(actions, box))
 
         # TRY NOT TO MODIFY: save data to replay buffer; next_obs is of the next episode if one ended
         real_next_obs = next_obs.copy()

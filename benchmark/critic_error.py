@@ -64,7 +64,7 @@ def play(agent, env, seed):
         with torch.no_grad():
             of_chosen.append(agent.q_fn(obs, actions[:, None]).item())
             of_candidates.append(agent.q_fn(obs, candidates).mean().item())
-        obs, reward, terminated, truncated, _ = env.step(actions[0].numpy())
+        obs, reward, terminated, truncated, _ = env.step(som.to_box(actions[0].numpy(), env.action_space))
         rewards.append(reward * agent.args.reward_scale)
     known = num_known(len(rewards), terminated, agent.args.gamma)
     returns = discounted_returns(np.array(rewards), agent.args.gamma)
@@ -74,7 +74,7 @@ def play(agent, env, seed):
 def measure(agent, num_episodes, seed):
     """The numbers of an agent's row."""
     torch.manual_seed(seed)
-    env = som.make_training_env(agent.args.env_id)
+    env = som.make_env(agent.args.env_id)
     episodes = [play(agent, env, seed + i) for i in range(num_episodes)]
     env.close()
     of_chosen, of_candidates, returns = map(np.concatenate, zip(*episodes, strict=True))

@@ -168,13 +168,13 @@ def to_torch(arrays, k, state_dict):
 
 def rollout(agent, steps, seed):
     """The states in which the agent acts, (steps, O); an episode that ends is followed by another."""
-    env = som.make_training_env(agent.args.env_id)
+    env = som.make_env(agent.args.env_id)
     states = np.zeros((steps, *env.observation_space.shape), np.float32)
     obs, _ = env.reset(seed=seed)
     for step in range(steps):
         states[step] = obs
         actions, _ = agent.act(torch.from_numpy(states[step : step + 1]))
-        obs, _, terminated, truncated, _ = env.step(actions[0].numpy())
+        obs, _, terminated, truncated, _ = env.step(som.to_box(actions[0].numpy(), env.action_space))
         if terminated or truncated:
             obs, _ = env.reset()
     env.close()

@@ -33,6 +33,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+import gymnasium as gym
 import numpy as np
 import torch
 import tyro
@@ -140,6 +141,14 @@ def make_ppo(shared, args):
     return model, optimizer
 
 
+def make_training_env(env_id):
+    """The environment with actions in [-1, 1]^A."""
+    env = som.make_env(env_id)
+    box = env.action_space
+    unit_box = gym.spaces.Box(-1, 1, box.shape)
+    return gym.wrappers.TransformAction(env, partial(som.to_box, box=box), unit_box)
+
+
 def device_of(args):
     on_gpu = args.device != "cpu" and torch.cuda.is_available()
     return "cuda" if on_gpu else "cpu"
@@ -165,7 +174,7 @@ def train(args, box, run_folder):
     # SB3 gives environment i the seed + i: spread, so that seeds 1, 2 and 3 share none
     seed = int(np.random.SeedSequence(args.seed).spawn(1)[0].generate_state(1)[0] // 2)
     shared = {
-        "env": DummyVecEnv(args.num_envs * [partial(som.make_training_env, args.env_id)]),
+        "env": DummyVecEnv(args.num_envs * [partial(make_training_env, args.env_id)]),
         "policy_kwargs": {"net_arch": args.num_layers * [args.hidden_dim], "activation_fn": torch.nn.GELU},
         "seed": seed,
         "device": device_of(args),

@@ -125,11 +125,15 @@ def script_args(script, values):
 
 # The matrix products of an update, from the shapes
 def network_products(size, states, rows, obs_dim, in_dim, out_dim, args, backward):
-    """(count, M, K, N) batched products of a network; backward: "none", "input", "weights and input"."""
+    """(count, M, K, N) batched products of a network; backward: "none", "input", "weights and input".
+
+    out_dim None: the last layer is a sum.
+    """
     width = args.hidden_dim
     forward = [(states, obs_dim, width), (rows, in_dim, width)]
     forward += (args.num_layers - 1) * [(rows, width, width)]
-    forward += [(rows, width, out_dim)]
+    if out_dim is not None:
+        forward += [(rows, width, out_dim)]
     products = list(forward)
     if backward != "none":
         products += [(m, n, k) for m, k, n in forward[2:]]  # gradient of the hidden inputs
@@ -151,7 +155,7 @@ def update_products(args, obs_dim, act_dim):
         return network_products(1, B, rows, obs_dim, embedded, act_dim, args, backward)
 
     def critics(rows, backward):
-        return network_products(2, B, rows, obs_dim, act_dim, 2, args, backward)
+        return network_products(2, B, rows, obs_dim, act_dim, None, args, backward)
 
     products = actor(candidates, "none")  # at s'
     products += critics(candidates, "none")  # the best of them
@@ -225,8 +229,9 @@ class SecondEdition:
     def __init__(self, script, args, rb, obs_dim):
         self.rb = rb
         self.one_obs = np.zeros((1, obs_dim), np.float32)
-        thunks = args.num_envs * [partial(script.make_training_env, args.env_id)]
+        thunks = args.num_envs * [partial(script.make_env, args.env_id)]
         self.envs = gym.vector.SyncVectorEnv(thunks, autoreset_mode="SameStep")
+        self.to_box = partial(script.to_box, box=self.envs.single_action_space)
         self.obs, _ = self.envs.reset(seed=1)
 
     def works(self):
@@ -243,7 +248,7 @@ class SecondEdition:
         if update_comes_first:
             self.update()
         actions = self.wait_for(actions_in_flight)
-        next_obs, rewards, terminated, _, _ = self.envs.step(actions)
+        next_obs, rewards, terminated, _, _ = self.envs.step(self.to_box(actions))
         self.rb.pack(self.new_rows, self.obs, next_obs, actions, rewards, terminated)
         self.rb.on_host[: len(self.new_rows)] = self.new_rows
         if not update_comes_first:
@@ -529,7 +534,7 @@ class InSB3:
         self.args = args
         layers = args.num_layers * [args.hidden_dim]
         shared = {
-            "env": som.make_training_env(args.env_id),
+            "env": sb3.make_training_env(args.env_id),
             "policy_kwargs": {"net_arch": layers, "activation_fn": torch.nn.GELU},
             "device": device,
         }

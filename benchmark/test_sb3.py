@@ -140,7 +140,7 @@ def make_ppo(**changes):
     from stable_baselines3.common.vec_env import DummyVecEnv
 
     args = sb3.Args(algo="ppo", **(sb3.PPO | {"hidden_dim": 8, "num_envs": 2, "batch_size": 40} | changes))
-    env = DummyVecEnv(2 * [lambda: sb3.som.make_training_env("InvertedPendulum-v4")])
+    env = DummyVecEnv(2 * [lambda: sb3.make_training_env("InvertedPendulum-v4")])
     net = {"net_arch": 3 * [8], "activation_fn": torch.nn.GELU}
     return sb3.make_ppo({"env": env, "policy_kwargs": net, "seed": 1, "device": "cpu"}, args)
 
@@ -148,7 +148,7 @@ def make_ppo(**changes):
 def test_sac_gets_its_arguments():
     from stable_baselines3.common.vec_env import DummyVecEnv
 
-    env = DummyVecEnv(2 * [lambda: sb3.som.make_training_env("InvertedPendulum-v4")])
+    env = DummyVecEnv(2 * [lambda: sb3.make_training_env("InvertedPendulum-v4")])
     sizes = {"num_envs": 2, "batch_size": 32, "learning_starts": 7, "buffer_size": 100, "updates_per_step": 3}
     args = sb3.Args(learning_rate=2e-3, **sizes)
     model, optimizer = sb3.make_sac({"env": env, "seed": 1, "device": "cpu"}, args)

@@ -24,7 +24,7 @@ def test_products_are_those_of_an_update(num_layers, form):
     args = som.Args(compile=False, num_layers=num_layers, **SIZES, **form)
     agent = som.Agent(args, O, A, CPU)
     # the counter's hooks on modules do not bear torch.func.grad within no_grad
-    agent.score_q_fn = lambda obs, a: agent.critic.forward(obs, a)[0].mean(dim=0)
+    agent.score_q_fn = lambda obs, a: agent.critic.mean_return(obs, a).mean(dim=0)
     B = args.batch_size
     batch = som.Batch(torch.randn(B, O), torch.randn(B, O), torch.rand(B, A), torch.randn(B), torch.zeros(B))
     with FlopCounterMode(display=False) as counter:

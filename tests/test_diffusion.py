@@ -941,7 +941,7 @@ def test_dipo_ends_on_the_hill_that_it_started_from():
 
 
 # What the scripts share
-SHARED = """make_env make_training_env to_box EnsembleMLP QNetwork candidate_info critic_loss make_adam soft_update
+SHARED = """make_env to_box EnsembleMLP QNetwork candidate_info critic_loss make_adam soft_update
     add_and_act CUDAGraph make_policy load_policy evaluate exit_with_error env_dimensions warn check_compiler
     check_finite writing map_file lock_run write_file save_checkpoint load_checkpoint evaluations_until is_due
     receive_signals""".split()

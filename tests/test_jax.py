@@ -724,7 +724,7 @@ def test_inline_metadata_equals_requirements():
 
 
 SHARED = (
-    "make_env make_training_env to_box evaluate exit_with_error env_dimensions warn check_finite writing map_file "
+    "make_env to_box evaluate exit_with_error env_dimensions warn check_finite writing map_file "
     "lock_run write_file evaluations_until is_due receive_signals"
 ).split()
 

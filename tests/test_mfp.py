@@ -480,7 +480,7 @@ def test_updates_by_hand(float64, tangent):
 
 
 # What the two scripts share
-SHARED = """make_env make_training_env to_box EnsembleMLP MeanFlowActor sample_r_t best_of_n candidate_info critic_loss
+SHARED = """make_env to_box EnsembleMLP MeanFlowActor sample_r_t best_of_n candidate_info critic_loss
     make_adam soft_update ReplayBuffer add_and_act sample_and_update CUDAGraph make_policy load_policy evaluate
     exit_with_error env_dimensions warn check_compiler check_finite writing map_file lock_run write_file
     save_checkpoint load_checkpoint resumed_args evaluations_until is_due receive_signals""".split()
