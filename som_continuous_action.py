@@ -60,8 +60,8 @@ Batch = namedtuple("Batch", "obs next_obs actions rewards terminated")
 class Args:
     exp_name: str = "som_continuous_action"  # name of the experiment, a part of the run's folder
     seed: int = 1  # seed of networks, noise, environments and evaluation
-    # small networks; laptop: the method, a short run; peaks: beyond the paper, a long run
-    preset: Literal["laptop", "peaks"] | None = None  # other flags override it
+    # small networks; laptop: the method, a short run; peaks and smooth: beyond the paper, long runs
+    preset: Literal["laptop", "peaks", "smooth"] | None = None  # other flags override it
     device: Literal["auto", "cpu", "gpu"] = "auto"  # where to train; auto: on a GPU if there is one
     compile: bool = torch.cuda.is_available()  # compile acting and updates (default: on a GPU)
     matmul_precision: Literal["high", "highest"] = "high"  # of products on a GPU: TF32 or float32
@@ -125,7 +125,10 @@ LAPTOP |= {"num_mc_samples": 8, "best_of_n": 16, "autotune": False}
 PEAKS = LAPTOP | {"total_timesteps": 1_000_000, "policy_q": "min", "autotune": True}
 PEAKS |= {"reference": "box", "climb_steps": 3, "num_mc_samples": 4, "mc_noise": "lattice"}
 PEAKS |= {"inverse_temperature": 60.0, "initial_lambda": 3.0, "alpha_delay": 1_000}
-PRESETS = {"laptop": LAPTOP, "peaks": PEAKS}
+# the same with more exploration noise, in the critic's target too: learns later, ends higher
+SMOOTH = PEAKS | {"noise_scale": 0.2, "target_entropy": -0.19, "initial_lambda": 1.5}
+SMOOTH |= {"target_smoothing": True}
+PRESETS = {"laptop": LAPTOP, "peaks": PEAKS, "smooth": SMOOTH}
 
 
 def make_env(env_id, video_folder=None):

@@ -133,6 +133,8 @@ def test_a_preset_that_is_made_of_another():
     assert peaks["hidden_dim"] == 64 and peaks["num_mc_samples"] == 4 and peaks["reference"] == "box"
     _, words = words_of_command(peaks | {"preset": "peaks", "seed": 1, "climb_steps": 2})
     assert words == "--preset peaks --climb-steps 2".split()
+    smooth = collect.defaults_of("som_continuous_action.py", "smooth")
+    assert smooth["climb_steps"] == 3 and smooth["target_smoothing"] is True
 
 
 @pytest.mark.parametrize("preset", [None, "laptop"])

@@ -68,7 +68,7 @@ def test_returns_in_the_text_are_those_of_the_table():
         table += collect.markdown(ROOT / "benchmark/results" / name)
     for name in "best_of_n_million.csv", "best_of_n_gpu.csv":
         table += " " + returns_with_other_n(ROOT / "benchmark/results" / name)
-    for name in "field.csv", "second_edition.csv", "gpu_run.csv":
+    for name in "field.csv", "fresh.csv", "second_edition.csv", "gpu_run.csv":
         table += " " + returns_on_the_way(ROOT / "benchmark/results" / name)
     sections = (
         ("docs/som.md", "Deviations from the paper", 10),

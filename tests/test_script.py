@@ -371,8 +371,12 @@ PEAKS = {
     "inverse_temperature": 60.0, "initial_lambda": 3.0, "alpha_delay": 1_000, "autotune": True,
 }  # fmt: skip
 
+SMOOTH = PEAKS | {
+    "noise_scale": 0.2, "target_entropy": -0.19, "initial_lambda": 1.5, "target_smoothing": True,
+}  # fmt: skip
 
-@pytest.mark.parametrize(("preset", "own"), [("laptop", {"autotune": True}), ("peaks", PEAKS)])
+
+@pytest.mark.parametrize(("preset", "own"), [("laptop", {"autotune": True}), ("peaks", PEAKS), ("smooth", SMOOTH)])
 def test_preset_and_the_flags_beside_it(monkeypatch, tmp_path, capsys, preset, own):
     monkeypatch.setattr(sys.modules[__name__], "TINY", [])
     # some of them are the values that hold without a preset
