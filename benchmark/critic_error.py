@@ -3,8 +3,9 @@
     python benchmark/critic_error.py --runs runs/RUN1 runs/RUN2 --csv benchmark/results/critic_error.csv
 
 The policy acts as it does in evaluations, best of N without exploration, which is also the policy that the critic's
-targets bootstrap from; with --target-smoothing they bootstrap from one with noise, whose return is lower. Of a run of the JAX script with several seeds give one seed's folder: all are measured.
-A row also has what the candidates are worth by the same critic, in the same states.
+targets bootstrap from; with --target-smoothing they bootstrap from one with noise, whose return is lower.
+Of a run of the JAX script with several seeds give one seed's folder: all are measured. A row also has what the
+candidates are worth by the same critic, in the same states.
 """
 
 import json
