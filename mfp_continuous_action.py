@@ -70,6 +70,7 @@ class Args:
     resume: str | None = None  # folder of a run, or a checkpoint, to go on with
     evaluate: str | None = None  # folder of a run, or a checkpoint, to evaluate
     num_episodes: int = 10  # episodes of an evaluation
+    deterministic: bool = False  # evaluate the action of noise 0, not the best of N
     # Algorithm specific arguments
     env_id: str = "Walker2d-v4"  # Gymnasium id; flat observations, bounded continuous actions
     total_timesteps: int = 5_000_000  # environment steps, over all environments
@@ -299,10 +300,16 @@ class Agent(nn.Module):
         return self.critic(obs, a).amin(dim=0)
 
     @torch.no_grad()
-    def act(self, obs, explore=False, generator=None):
-        """Best-of-N actions (B, A) in states (B, O), noisy if explore; and all candidates (B, N, A)."""
-        shape = (len(obs), self.args.best_of_n, self.act_dim)
-        noise = torch.randn(shape, device=self.device, generator=generator)
+    def act(self, obs, explore=False, generator=None, deterministic=False):
+        """Best-of-N actions (B, A) in states (B, O), noisy if explore; and all candidates (B, N, A).
+
+        deterministic: the action of noise 0 is the only candidate (beyond the paper).
+        """
+        if deterministic:
+            noise = torch.zeros(len(obs), 1, self.act_dim, device=self.device)
+        else:
+            shape = (len(obs), self.args.best_of_n, self.act_dim)
+            noise = torch.randn(shape, device=self.device, generator=generator)
         a, candidates = self.best_of_n(self.actor, self.q_fn, obs, noise)
         if explore:
             a = (a + self.args.noise_scale * torch.randn_like(a)).clamp(-1, 1)
@@ -468,7 +475,7 @@ def make_policy(agent, box, seed=None):
     def policy(observation):
         observation = np.asarray(observation, np.float32)
         obs = torch.from_numpy(np.atleast_2d(observation)).to(agent.device)
-        actions, _ = agent.act(obs, generator=generator)
+        actions, _ = agent.act(obs, generator=generator, deterministic=agent.args.deterministic)
         return to_box(actions.cpu().numpy(), box).reshape(*observation.shape[:-1], -1)  # (A,) for (O,)
 
     return policy
@@ -760,7 +767,8 @@ if __name__ == "__main__":
         torch.set_float32_matmul_precision(args.matmul_precision)
         torch.cuda.set_stream(torch.cuda.Stream())  # the default one cannot be captured
     if args.evaluate is not None:
-        policy = load_policy(source, device, best_of_n=args.best_of_n)
+        changes = {"best_of_n": args.best_of_n, "deterministic": args.deterministic}
+        policy = load_policy(source, device, **changes)
         torch.manual_seed(eval_seed)  # the same noise as in training's evaluations
         video_folder = f"{run_folder}/videos" if args.capture_video else None
         returns = evaluate(policy, args.env_id, args.num_episodes, eval_seed, video_folder)

@@ -83,6 +83,7 @@ class Args:
     resume: str | None = None  # folder of a run, or a checkpoint, to go on with
     evaluate: str | None = None  # folder of a run, or a checkpoint, to evaluate
     num_episodes: int = 10  # episodes of an evaluation
+    deterministic: bool = False  # evaluate the action of noise 0, not the best of N
     # Algorithm specific arguments
     env_id: str = "Walker2d-v4"  # Gymnasium id; flat observations, bounded continuous actions
     total_timesteps: int = 5_000_000  # environment steps, over all environments
@@ -588,12 +589,18 @@ def policy_q(critic, obs, a, args, hidden_dtype=None):
     return q.mean(axis=0) if args.policy_q == "mean" else q.min(axis=0)
 
 
-def act(acting, obs, key, args, explore=False):
-    """Best-of-N actions (B, A) in states (B, O), noisy if explore; and all candidates (B, N, A)."""
+def act(acting, obs, key, args, explore=False, deterministic=False):
+    """Best-of-N actions (B, A) in states (B, O), noisy if explore; and all candidates (B, N, A).
+
+    deterministic: the action of noise 0 is the only candidate (beyond the paper).
+    """
     noise_key, explore_key = jax.random.split(key)
     last_weights, _ = acting.acting_actor[-1]  # (1, H, A)
     act_dim = last_weights.shape[-1]
-    noise = jax.random.normal(noise_key, (len(obs), args.best_of_n, act_dim))
+    if deterministic:
+        noise = jnp.zeros((len(obs), 1, act_dim))
+    else:
+        noise = jax.random.normal(noise_key, (len(obs), args.best_of_n, act_dim))
     u_fn = partial(meanflow_actor, acting.acting_actor)
     q_fn = partial(policy_q, acting.critic, args=args)
     a, candidates = best_of_n(u_fn, q_fn, obs, noise)
@@ -772,7 +779,8 @@ def sample_and_update(state, ring, args, widths, policy_is_due):
 
 @partial(jax.jit, static_argnames="args")
 def act_greedily(acting, obs, key, num_calls, args):
-    actions, _ = act(acting, obs, jax.random.fold_in(key, num_calls), args)
+    key = jax.random.fold_in(key, num_calls)
+    actions, _ = act(acting, obs, key, args, deterministic=args.deterministic)
     return actions
 
 
@@ -1172,8 +1180,9 @@ if __name__ == "__main__":
     eval_seeds = [evaluation_seed(seed) for seed in seeds]
 
     if args.evaluate is not None:
+        changes = {"best_of_n": args.best_of_n, "policy_q": args.policy_q, "deterministic": args.deterministic}
         for k, seed in enumerate(seeds):
-            policy = restore_policy(checkpoint, k, device, best_of_n=args.best_of_n, policy_q=args.policy_q)
+            policy = restore_policy(checkpoint, k, device, **changes)
             video_folder = f"{run_folder}/videos/seed_{seed}" if args.capture_video else None
             returns = evaluate(policy, args.env_id, args.num_episodes, eval_seeds[k], video_folder)
             mean, std = returns.mean(), returns.std()

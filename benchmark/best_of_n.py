@@ -4,6 +4,7 @@
 
 Of a run of the JAX script with several seeds give the first seed's folder; a cell holds the returns of all its seeds.
 A run of benchmark/sb3.py stands in the column N = 1: SAC and PPO have one action, the mean of their normal.
+The column "noise 0" is the one action that SOM and MFP make of noise 0, --deterministic.
 """
 
 import json
@@ -17,6 +18,7 @@ import collect
 import tyro
 
 SB3 = "benchmark/sb3.py"
+ONE_STEP = "som_continuous_action.py", "som_continuous_action_jax.py", "mfp_continuous_action.py"
 
 
 @dataclass
@@ -53,18 +55,17 @@ def last_step(run, script):
     return max((int(path.stem.removeprefix("checkpoint_")) for path in run.glob("checkpoint_*")), default=0)
 
 
-def evaluate(run, script, n, num_episodes):
-    """Mean return of each seed without exploration noise, by the script's --evaluate."""
+def evaluate(run, script, num_episodes, flags):
+    """Mean returns of all seeds without exploration noise, by the script's --evaluate with these flags."""
     command = [sys.executable, str(collect.ROOT / script), "--evaluate", str(run)]
-    command += ["--num-episodes", str(num_episodes), "--device", "auto"]  # of a run made on a GPU too
-    if script != SB3:
-        command += ["--best-of-n", str(n)]
+    command += ["--num-episodes", str(num_episodes), "--device", "auto", *flags]  # of a run made on a GPU too
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         ending = result.stderr[-500:].strip()
         print(f"error: {' '.join(command)} ended with {result.returncode}: {ending}", file=sys.stderr)
         sys.exit(result.returncode)
-    return [float(mean) for mean in re.findall(r"^return (\S+) \+-", result.stdout, re.MULTILINE)]
+    means = re.findall(r"^return (\S+) \+-", result.stdout, re.MULTILINE)
+    return " ".join(f"{float(mean):.0f}" for mean in means)
 
 
 def main(args):
@@ -91,10 +92,14 @@ def main(args):
             "episodes": num_episodes,
         }
         for n in args.best_of_n:
-            returns = []
-            if script != SB3 or n == 1:
-                returns = evaluate(run, script, n, num_episodes)
-            row[f"N = {n}"] = " ".join(f"{mean:.0f}" for mean in returns)
+            row[f"N = {n}"] = ""
+            if script != SB3:
+                row[f"N = {n}"] = evaluate(run, script, num_episodes, ["--best-of-n", str(n)])
+            elif n == 1:
+                row[f"N = {n}"] = evaluate(run, script, num_episodes, [])
+        row["noise 0"] = ""
+        if script in ONE_STEP:
+            row["noise 0"] = evaluate(run, script, num_episodes, ["--deterministic"])
         rows.append(row)
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     collect.write(args.csv, rows)

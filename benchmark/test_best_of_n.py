@@ -1,12 +1,15 @@
 """benchmark/best_of_n.py on runs of a few steps."""
 
 import csv
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 import best_of_n
 import collect
@@ -52,7 +55,15 @@ def test_with_its_own_n_a_run_has_the_return_of_its_last_evaluation(runs, tmp_pa
     for row, run in zip(rows, runs.values(), strict=True):
         assert row["N = 2"].split() == final_returns(run)
         assert row["trained with"] == "2" and row["steps"] == "60" and row["episodes"] == "2"
-        assert row["N = 1"] != row["N = 2"]
+        assert row["N = 1"] != row["N = 2"] and row["noise 0"] not in (row["N = 1"], row["N = 2"])
+        for k, mean in enumerate(row["noise 0"].split()):
+            script = importlib.import_module(row["script"].removesuffix(".py"))
+            folder = next(run.parent.glob(f"*__{k + 1}__{run.name.split('__')[-1]}"))
+            policy = script.load_policy(folder, deterministic=True)
+            eval_seed = int(np.random.SeedSequence([k + 1, 0, 1]).generate_state(1)[0])
+            returns = script.evaluate(policy, "Pendulum-v1", 2, eval_seed)
+            assert float(mean) == pytest.approx(returns.mean(), abs=0.56)
+    assert [len(row["noise 0"].split()) for row in rows] == [1, 16]
     assert capsys.readouterr().err == f"note: {tmp_path}/refused is left out: it has no config.json\n"
     run = runs["som_continuous_action.py"]
     best_of_n.main(best_of_n.BestOfNArgs(runs=(run,), csv=path, best_of_n=(2,), num_episodes=3))
@@ -84,7 +95,7 @@ def test_sac_and_ppo_have_one_action(tmp_path, capsys):
     for row, run in zip(rows, runs, strict=True):
         (last,) = final_returns(run, row["first_seed"])
         assert row["N = 1"] == last and row["N = 4"] == "" and row["trained with"] == "1" and row["steps"] == "60"
-        assert row["script"] == "benchmark/sb3.py" and row["episodes"] == "2"
+        assert row["script"] == "benchmark/sb3.py" and row["episodes"] == "2" and row["noise 0"] == ""
     capsys.readouterr()
     message = refusal(capsys, runs=runs, csv=tmp_path / "none.csv", best_of_n=(4,))
     assert "has one action in a state: --best-of-n must have a 1" in message

@@ -385,7 +385,8 @@ def test_shared_functions_are_equal_to_the_letter():
     mine, of_som, of_diffusion = (definitions(path.read_text()) for path in paths)
     assert mine.keys() - of_som.keys() == {*OWN, *OF_DIFFUSION}
     different = {name for name in mine.keys() & of_som.keys() if mine[name] != of_som[name]}
-    assert different == {"Args", "Agent", "check_args", "resumed_args", "load_policy"}
+    assert different == {"Args", "Agent", "check_args", "resumed_args", "make_policy", "load_policy"}
+    assert mine["make_policy"] == of_diffusion["make_policy"]
     assert mine["distributional_critic_loss"] == of_som["distributional_critic_loss"]
     assert all(mine[name] == of_diffusion[name] for name in OF_DIFFUSION)
     order = [name for name in mine if name in of_som]
@@ -400,7 +401,9 @@ def test_the_main_block_is_that_of_som_but_for_names_and_lambda():
     changes = {
         'project="som"': 'project="dacer"',
         "agent.acting_actor.": "agent.actor.",
-        ", best_of_n=args.best_of_n, policy_q=args.policy_q": "",
+        '        changes = {"best_of_n": args.best_of_n, "policy_q": args.policy_q, '
+        '"deterministic": args.deterministic}\n': "",
+        "load_policy(source, device, **changes)": "load_policy(source, device)",
         "agent.update_lambda()": "info |= agent.update_lambda(rb.sample(args.batch_size).obs)",
         "args.preset is not None:\n        preset = PRESETS[args.preset]": 'args.preset == "laptop":',
         "preset=args.preset, **preset": 'preset="laptop", **LAPTOP',

@@ -942,10 +942,19 @@ def test_dipo_ends_on_the_hill_that_it_started_from():
 
 # What the scripts share
 SHARED = """make_env to_box EnsembleMLP QNetwork candidate_info critic_loss make_adam soft_update
-    add_and_act CUDAGraph make_policy load_policy evaluate exit_with_error env_dimensions warn check_compiler
+    add_and_act CUDAGraph load_policy evaluate exit_with_error env_dimensions warn check_compiler
     check_finite writing map_file lock_run write_file save_checkpoint load_checkpoint evaluations_until is_due
     receive_signals""".split()
-DIFFERENT = {"Args", "Agent", "ReplayBuffer", "best_of_n", "sample_and_update", "check_args", "resumed_args"}
+DIFFERENT = {
+    "Args",
+    "Agent",
+    "ReplayBuffer",
+    "best_of_n",
+    "sample_and_update",
+    "make_policy",
+    "check_args",
+    "resumed_args",
+}
 
 
 def definitions(parent, text):
@@ -967,6 +976,9 @@ def test_shared_functions_are_equal_to_the_letter():
     mine, theirs = both(lambda text: definitions(ast.parse(text), text))
     assert mine.keys() & theirs.keys() == {*SHARED} | DIFFERENT
     assert {name for name in mine.keys() & theirs.keys() if mine[name] != theirs[name]} == DIFFERENT
+    of_noise_0 = ", deterministic=agent.args.deterministic"  # a flag of SOM and MFP
+    assert theirs["make_policy"].count(of_noise_0) == 1
+    assert mine["make_policy"] == theirs["make_policy"].replace(of_noise_0, "")
     order = [name for name in mine if name in theirs]
     assert order == [name for name in theirs if name in mine]
 
@@ -1014,10 +1026,8 @@ def test_the_main_blocks_are_equal_but_for_the_methods():
             "    args = tyro.cli(Args, default=default_args(args.method, args.preset))\n"
         ),
         'project="mfp"': 'project="diffusion"',
-        "        policy = load_policy(source, device, best_of_n=args.best_of_n)": (
-            '        changes = {"eval_best_of_n": args.eval_best_of_n, '
-            '"policy_q": args.policy_q, "acting": args.acting}\n'
-            "        policy = load_policy(source, device, **changes)"
+        '{"best_of_n": args.best_of_n, "deterministic": args.deterministic}': (
+            '{"eval_best_of_n": args.eval_best_of_n, "policy_q": args.policy_q, "acting": args.acting}'
         ),
         "agent.actor.": "agent.acting_actor().",
     }

@@ -647,6 +647,13 @@ def test_a_loaded_policy_is_the_runs(pair):
         many = somx.load_policy(folder, best_of_n=64)  # another choice among more candidates
         assert not np.array_equal(many(obs[0]), somx.load_policy(folder)(obs[0]))
         assert not np.array_equal(many(obs[0]), many(obs[0]))  # nor is its noise the same again
+        # the action of noise 0, in the environment's units
+        zeros = jnp.zeros((7, 1, 1))
+        actor = somx.part_of_seed(k, pair.state.acting_actor)
+        expected_0 = -somx.meanflow_actor(actor, obs[0].astype(np.float32), zeros, zeros, zeros + 1)[:, 0]
+        deterministic = somx.load_policy(folder, deterministic=True)
+        for _ in range(2):
+            np.testing.assert_allclose(deterministic(obs[0]), 2 * jnp.clip(expected_0, -1, 1), rtol=1e-5, atol=1e-6)
     checkpoint = pair.folders[0] / "checkpoint_0000000192.npz"
     assert somx.load_policy(checkpoint)(obs[0]).shape == (7, 1)
     with pytest.raises(ValueError, match="cannot be used"):

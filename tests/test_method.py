@@ -838,6 +838,18 @@ def test_the_moving_average_acts_and_the_lattice_is_fixed():
     close(candidates, torch.randn(4, agent.args.best_of_n, 2).clamp(-1, 1))
 
 
+def test_the_deterministic_action_is_that_of_noise_0():
+    agent = tiny_agent()
+    obs = randn(4, 5, seed=1).float()
+    before = torch.get_rng_state()
+    a, candidates = agent.act(obs, deterministic=True)
+    assert torch.equal(torch.get_rng_state(), before)  # it draws nothing
+    zeros = torch.zeros(4, 1, 1)
+    expected = -agent.acting_actor(obs, torch.zeros(4, 1, 2), zeros, zeros + 1)
+    close(a, expected.squeeze(1).clamp(-1, 1))
+    assert torch.equal(candidates, a.unsqueeze(1)) and a.std(dim=0).min() > 1e-3
+
+
 @pytest.mark.parametrize("sde", ("vp", "ve"))
 def test_acting_starts_from_the_prior(sde):
     agent = tiny_agent(sde=sde, best_of_n=4)

@@ -310,6 +310,9 @@ def test_acting_takes_the_candidate_of_highest_smaller_q():
     close((a, all_candidates), (best, candidates), atol=1e-7, rtol=0)
     many = torch.zeros(20_000, O)
     torch.manual_seed(1)
+    of_zero, _ = agent.act(obs, deterministic=True)
+    with torch.no_grad():
+        close(of_zero, -agent.actor(obs, 0 * noise[:, :1], zero[:, :1], zero[:, :1] + 1).squeeze(1).clamp(-1, 1))
     plain, _ = agent.act(many)
     torch.manual_seed(1)
     explored, _ = agent.act(many, explore=True)
@@ -528,7 +531,11 @@ def test_agents_have_the_same_methods():
 
 def test_the_main_blocks_are_equal_but_for_names_and_lambda():
     mine, theirs = both(lambda text: text[text.index('if __name__ == "__main__":') :])
-    changes = {'project="som"': 'project="mfp"', "agent.acting_actor.": "agent.actor.", ", policy_q=args.policy_q": ""}
+    changes = {
+        'project="som"': 'project="mfp"',
+        "agent.acting_actor.": "agent.actor.",
+        '"policy_q": args.policy_q, ': "",
+    }
     changes |= {"args.preset is not None:\n        preset = PRESETS[args.preset]": 'args.preset == "laptop":'}
     changes |= {"preset=args.preset, **preset": 'preset="laptop", **LAPTOP'}
     for words, other in changes.items():

@@ -232,6 +232,12 @@ def test_evaluate_prints_the_returns_and_changes_nothing(finished, tmp_path, cap
         run_loop(tmp_path, "--evaluate", second(finished), "--num-episodes", "2", "--best-of-n", "1")
     returns = json.loads(capsys.readouterr().out.splitlines()[0].split(", by episode ")[1])
     assert len(returns) == 2
+    flags = "--evaluate", finished, "--deterministic", "--best-of-n"
+    for n in "1", "3":  # the action of noise 0 is the only candidate
+        with pytest.raises(SystemExit):
+            run_loop(tmp_path, *flags, n)
+        printed.append(capsys.readouterr().out)
+    assert printed[2] == printed[3] != printed[0]
 
 
 def truncate(path):

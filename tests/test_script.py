@@ -464,6 +464,29 @@ def test_evaluate_of_a_finished_run_repeats_its_last_evaluation(monkeypatch, tmp
     with pytest.raises(SystemExit):
         run_loop(monkeypatch, tmp_path, "--evaluate", str(run.run_folder), "--best-of-n", "1")
     assert capsys.readouterr().out != printed  # flags count
+    printed = set()
+    for n in "1", "3":  # the action of noise 0 is the only candidate
+        with pytest.raises(SystemExit):
+            run_loop(monkeypatch, tmp_path, "--evaluate", str(run.run_folder), "--deterministic", "--best-of-n", n)
+        printed.add(capsys.readouterr().out)
+    (line,) = printed
+    policy = som.load_policy(run.run_folder, deterministic=True)
+    obs = np.random.default_rng(1).normal(size=(7, 3))
+    np.testing.assert_array_equal(policy(obs), policy(obs))
+    returns = som.evaluate(policy, "Asymmetric-v0", run.args.num_episodes, run.eval_seed)
+    assert json.loads(line.split(", by episode ")[1]) == returns.round(1).tolist()
+
+
+def test_training_evaluates_the_deterministic_action_and_acts_as_before(monkeypatch, tmp_path):
+    flags = "--env-id", "Asymmetric-v0"
+    sampled, deterministic = (run_loop(monkeypatch, tmp_path, *flags, *more) for more in ((), ("--deterministic",)))
+    states = sampled.agent.state_dict(), deterministic.agent.state_dict()
+    torch.testing.assert_close(*states, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(stored(sampled).actions, stored(deterministic).actions, rtol=0, atol=0)
+    policy = som.load_policy(sampled.run_folder, deterministic=True)
+    returns = som.evaluate(policy, "Asymmetric-v0", sampled.args.num_episodes, sampled.eval_seed)
+    last = [run.evaluations[-1].split(",")[2] for run in (sampled, deterministic)]
+    assert float(last[1]) == pytest.approx(returns.mean()) and last[0] != last[1]
 
 
 def test_a_value_that_is_not_finite_stops_the_run(monkeypatch, tmp_path, capsys):
