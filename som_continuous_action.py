@@ -89,6 +89,7 @@ class Args:
     reward_scale: float = 0.2  # factor on the reward
     policy_lr: float = 1e-4  # learning rate of the policy
     q_lr: float = 1e-4  # learning rate of the critics
+    anneal_steps: int = 0  # environment steps before the end, in which both fall to 0; 0: they do not
     hidden_dim: int = 256  # width of a hidden layer
     num_layers: int = 3  # hidden layers of policy and critics
     num_frequencies: int = 8  # w of sin and cos of w t and w (t - r), from 1 to 3
@@ -560,9 +561,11 @@ class Agent(nn.Module):
         self.register_buffer("sobol", sobol.draw(args.num_mc_samples), persistent=False)  # (K, A)
         self.to(device)
         adam = partial(make_adam, on_gpu=device.type == "cuda", compiled=args.compile)
+        # a rate that changes is a tensor: a captured update reads it anew every time
+        rate = partial(torch.tensor, device=device) if args.anneal_steps > 0 else float
         self.optimizers = {
-            "actor": adam(self.actor.parameters(), lr=args.policy_lr),
-            "critic": adam(self.critic.parameters(), lr=args.q_lr),
+            "actor": adam(self.actor.parameters(), lr=rate(args.policy_lr)),
+            "critic": adam(self.critic.parameters(), lr=rate(args.q_lr)),
             "lambda": adam([self.log_lambda], lr=args.alpha_lr, compiled=False),  # it steps rarely
         }
         self.score_q_fn = partial(self.q_fn, hidden_dtype=getattr(torch, args.score_dtype))
@@ -644,6 +647,13 @@ class Agent(nn.Module):
         std = self.args.noise_scale * self.log_lambda.detach().exp()
         entropy = 0.5 * math.log(2 * math.pi * math.e) + std.log()
         self.descend("lambda", self.log_lambda * (entropy - self.args.target_entropy))
+
+    def set_learning_rates(self, factor):
+        """Those of policy and critics, as args have them, times factor; needs anneal_steps > 0."""
+        rates = {"actor": self.args.policy_lr, "critic": self.args.q_lr}
+        for name, lr in rates.items():
+            (group,) = self.optimizers[name].param_groups
+            group["lr"].fill_(factor * lr)
 
     def descend(self, name, loss):
         self.optimizers[name].zero_grad()
@@ -830,7 +840,8 @@ def exit_with_error(message, code=2):
 
 def check_args(args):
     """An error for values that cannot work."""
-    may_be_zero = "seed learning_starts gamma zero_r_ratio noise_scale target_entropy climb_steps".split()
+    may_be_zero = "seed learning_starts gamma zero_r_ratio noise_scale target_entropy climb_steps"
+    may_be_zero = f"{may_be_zero} anneal_steps".split()
     for name, value in asdict(args).items():
         if type(value) in (int, float):
             lowest = {"target_entropy": -math.inf, "num_mc_samples": 2}.get(name, 0)
@@ -847,6 +858,7 @@ def check_args(args):
         ),
         "--beta-max must be at least --beta-min": args.beta_max >= args.beta_min,
         "--buffer-size must be at least --num-envs": args.buffer_size >= args.num_envs,
+        "--anneal-steps must be at most --total-timesteps": args.anneal_steps <= args.total_timesteps,
         "--noise-scale 0 needs --no-autotune": args.noise_scale > 0 or not args.autotune,
         f"--reference {args.reference} needs --sde vp": args.reference == "uniform" or args.sde == "vp",
         "--climb-steps needs --reference box": args.climb_steps == 0 or args.reference == "box",
@@ -1022,6 +1034,13 @@ def is_due(global_step, frequency, args):
     return is_last or global_step % frequency < args.num_envs
 
 
+def lr_factor_at(global_step, args):
+    """Factor on the learning rates: 1, and in the last anneal_steps steps on a straight line to 0."""
+    if args.anneal_steps == 0:
+        return 1.0
+    return min(1.0, (args.total_timesteps - global_step) / args.anneal_steps)
+
+
 def receive_signals():
     """The signals received so far: the run ends after its step. A second signal kills it."""
     received_signals = []
@@ -1108,7 +1127,8 @@ if __name__ == "__main__":
         agent.load_state_dict(checkpoint["agent"])
         for name, optimizer in agent.optimizers.items():
             group = optimizer.param_groups[0]
-            own = {key: group[key] for key in ("fused", "foreach", "capturable")}
+            of_this_device = "lr", "fused", "foreach", "capturable"
+            own = {key: group[key] for key in of_this_device}
             optimizer.load_state_dict(checkpoint["optimizers"][name])
             optimizer.param_groups[0].update(own)  # the run may come from another device
         if not args.autotune:
@@ -1192,6 +1212,8 @@ if __name__ == "__main__":
         # ALGO LOGIC: training. A GPU does it while the environments step, without this step's transitions
         learning = num_added >= max(args.learning_starts, 1)
         if learning:
+            if args.anneal_steps > 0:
+                agent.set_learning_rates(lr_factor_at(global_step, args))
             for _ in range(args.updates_per_step):
                 num_updates += 1
                 policy_is_due = num_updates % args.policy_frequency == 0

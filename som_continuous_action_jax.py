@@ -99,6 +99,7 @@ class Args:
     reward_scale: float = 0.2  # factor on the reward
     policy_lr: float = 1e-4  # learning rate of the policy
     q_lr: float = 1e-4  # learning rate of the critics
+    anneal_steps: int = 0  # environment steps before the end, in which both fall to 0; 0: they do not
     hidden_dim: int = 256  # width of a hidden layer
     num_layers: int = 3  # hidden layers of policy and critics
     num_frequencies: int = 8  # w of sin and cos of w t and w (t - r), from 1 to 3
@@ -611,17 +612,17 @@ def act(acting, obs, key, args, explore=False, deterministic=False):
     return a, candidates
 
 
-def update(state, batch, key, args, policy_is_due=True):
+def update(state, batch, key, args, policy_is_due=True, lr_factor=1.0):
     """Update the critics and, when it is due, policy and moving averages; returns diagnostics."""
     critic_key, actor_key = jax.random.split(key)
-    state, info = update_critic(state, batch, critic_key, args)
+    state, info = update_critic(state, batch, critic_key, args, lr_factor)
     if policy_is_due:
-        state, actor_info = update_actor(state, batch, actor_key, args)
+        state, actor_info = update_actor(state, batch, actor_key, args, lr_factor)
         info |= actor_info
     return state, info
 
 
-def update_critic(state, batch, key, args):
+def update_critic(state, batch, key, args, lr_factor=1.0):
     act_key, z_key = jax.random.split(key)
     acting = acting_part(state)
     next_actions, candidates = act(acting, batch.next_obs, act_key, args, args.target_smoothing)
@@ -638,13 +639,13 @@ def update_critic(state, batch, key, args):
         loss, mean_std, info = distributional_critic_loss(*twins, *rest)
         return loss, (mean_std, info)
 
-    state, (mean_std, info) = descend(state, "critic", loss_fn, args)
+    state, (mean_std, info) = descend(state, "critic", loss_fn, args, lr_factor)
     info["actions/candidate_std"] = candidates.std(axis=1).mean()
     info["actions/saturated"] = (jnp.abs(candidates) > 0.99).mean()
     return state._replace(mean_std=mean_std), info
 
 
-def update_actor(state, batch, key, args):
+def update_actor(state, batch, key, args, lr_factor=1.0):
     """The policy, then all moving averages."""
     times_key, eps_key, mc_key = jax.random.split(key, 3)
     B, A = batch.actions.shape
@@ -662,7 +663,7 @@ def update_actor(state, batch, key, args):
         u_fn = partial(meanflow_actor, actor)
         return actor_loss(u_fn, q_fn, batch, uniform, eps, mc_eps, alpha, args)
 
-    state, info = descend(state, "actor", loss_fn, args)
+    state, info = descend(state, "actor", loss_fn, args, lr_factor)
     target_critic = optax.incremental_update(state.critic, state.target_critic, args.tau)
     acting_actor = optax.incremental_update(state.actor, state.acting_actor, args.policy_tau)
     info["losses/alpha"] = alpha
@@ -681,11 +682,12 @@ def update_lambda(state, args):
     return state
 
 
-def descend(state, name, loss_fn, args):
+def descend(state, name, loss_fn, args, lr_factor=1.0):
     """One step of Adam on state.<name>; loss_fn(part) -> (loss, rest). Returns the state and rest."""
     part = getattr(state, name)
     gradient, rest = jax.grad(loss_fn, has_aux=True)(part)
     step, optimizer = make_optimizers(args)[name].update(gradient, state.optimizers[name])
+    step = jax.tree.map(lambda x: lr_factor * x, step)
     changed = {name: optax.apply_updates(part, step)}
     return state._replace(**changed, optimizers=state.optimizers | {name: optimizer}), rest
 
@@ -771,10 +773,10 @@ def add_and_act(ring, key, acting, inbox, args):
     return ring, key, actions
 
 
-def sample_and_update(state, ring, args, widths, policy_is_due):
+def sample_and_update(state, ring, lr_factor, args, widths, policy_is_due):
     key, sample_key, update_key = jax.random.split(state.key, 3)
     batch = sample(ring, sample_key, args.batch_size, widths)
-    return update(state._replace(key=key), batch, update_key, args, policy_is_due)
+    return update(state._replace(key=key), batch, update_key, args, policy_is_due, lr_factor)
 
 
 @partial(jax.jit, static_argnames="args")
@@ -901,7 +903,8 @@ def exit_with_error(message, code=2):
 
 def check_args(args):
     """An error for values that cannot work."""
-    may_be_zero = "seed learning_starts gamma zero_r_ratio noise_scale target_entropy climb_steps".split()
+    may_be_zero = "seed learning_starts gamma zero_r_ratio noise_scale target_entropy climb_steps"
+    may_be_zero = f"{may_be_zero} anneal_steps".split()
     for name, value in asdict(args).items():
         if type(value) in (int, float):
             lowest = {"target_entropy": -math.inf, "num_mc_samples": 2}.get(name, 0)
@@ -918,6 +921,7 @@ def check_args(args):
         ),
         "--beta-max must be at least --beta-min": args.beta_max >= args.beta_min,
         "--buffer-size must be at least --num-envs": args.buffer_size >= args.num_envs,
+        "--anneal-steps must be at most --total-timesteps": args.anneal_steps <= args.total_timesteps,
         "--noise-scale 0 needs --no-autotune": args.noise_scale > 0 or not args.autotune,
         f"--reference {args.reference} needs --sde vp": args.reference == "uniform" or args.sde == "vp",
         "--climb-steps needs --reference box": args.climb_steps == 0 or args.reference == "box",
@@ -1125,6 +1129,13 @@ def is_due(global_step, frequency, args):
     return is_last or global_step % frequency < args.num_envs
 
 
+def lr_factor_at(global_step, args):
+    """Factor on the learning rates: 1, and in the last anneal_steps steps on a straight line to 0."""
+    if args.anneal_steps == 0:
+        return 1.0
+    return min(1.0, (args.total_timesteps - global_step) / args.anneal_steps)
+
+
 def receive_signals():
     """The signals received so far: the run ends after its step. A second signal kills it."""
     received_signals = []
@@ -1255,6 +1266,7 @@ if __name__ == "__main__":
     fixed = {"args": args, "widths": rb.widths}
     updates = {due: side_by_side(sample_and_update, donated=0, policy_is_due=due, **fixed) for due in (True, False)}
     update_lambda_all = side_by_side(update_lambda, donated=0, args=args)
+    lr_factor = jnp.ones(len(seeds))
 
     def evaluate_at(global_step, k):
         """Evaluate seed k, unless a signal arrives, and write the result to evaluations.csv and TensorBoard."""
@@ -1295,10 +1307,12 @@ if __name__ == "__main__":
         # ALGO LOGIC: training. A GPU does it while the environments step, without this step's transitions
         learning = num_added >= max(args.learning_starts, 1)
         if learning:
+            if args.anneal_steps > 0:
+                lr_factor = jnp.full(len(seeds), lr_factor_at(global_step, args))
             for _ in range(args.updates_per_step):
                 num_updates += 1
                 policy_is_due = num_updates % args.policy_frequency == 0
-                state, new_info = updates[policy_is_due](state, ring)
+                state, new_info = updates[policy_is_due](state, ring, lr_factor)
                 info |= new_info
                 if args.autotune and num_updates % args.alpha_delay == 0:
                     state = update_lambda_all(state)

@@ -928,7 +928,8 @@ if __name__ == "__main__":
         agent.load_state_dict(checkpoint["agent"])
         for name, optimizer in agent.optimizers.items():
             group = optimizer.param_groups[0]
-            own = {key: group[key] for key in ("fused", "foreach", "capturable")}
+            of_this_device = "lr", "fused", "foreach", "capturable"
+            own = {key: group[key] for key in of_this_device}
             optimizer.load_state_dict(checkpoint["optimizers"][name])
             optimizer.param_groups[0].update(own)  # the run may come from another device
         if not args.autotune:

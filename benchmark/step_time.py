@@ -415,11 +415,12 @@ def jax_works(values, options, obs_dim, act_dim, device):
             fixed = {"args": args, "widths": rb.widths, "policy_is_due": True}
             self.sample_and_update = som_jax.side_by_side(som_jax.sample_and_update, donated=0, **fixed)
             self.add_and_act = som_jax.side_by_side(som_jax.add_and_act, donated=(0, 1), args=args)
+            self.lr_factor = jax.numpy.ones(args.num_seeds)
             self.inbox = np.zeros((1, args.num_envs, rb.row_width + obs_dim), np.float32)
             self.new_rows, self.new_obs = np.split(self.inbox[0], [rb.row_width], axis=1)
 
         def update(self):
-            self.state, _ = self.sample_and_update(self.state, self.ring)
+            self.state, _ = self.sample_and_update(self.state, self.ring, self.lr_factor)
 
         def action(self):
             return np.asarray(som_jax.act_greedily(self.acting, self.one_obs, self.act_key, 0, self.args))

@@ -407,6 +407,8 @@ def test_the_main_block_is_that_of_som_but_for_names_and_lambda():
         "agent.update_lambda()": "info |= agent.update_lambda(rb.sample(args.batch_size).obs)",
         "args.preset is not None:\n        preset = PRESETS[args.preset]": 'args.preset == "laptop":',
         "preset=args.preset, **preset": 'preset="laptop", **LAPTOP',
+        "            if args.anneal_steps > 0:\n"
+        "                agent.set_learning_rates(lr_factor_at(global_step, args))\n": "",
     }
     for words, other in changes.items():
         assert theirs.count(words) == 1

@@ -1320,18 +1320,22 @@ def test_updates_leave_each_other_alone():
     assert moved["lambda"] == {"log_lambda"}
 
 
-def test_compiled_adam_steps_as_the_fused_one():
+@pytest.mark.parametrize("annealed", (False, pytest.param(True, marks=pytest.mark.slow)))
+def test_compiled_adam_steps_as_the_fused_one(annealed):
     # SLOW: the compiler takes its time
     vectors = []
     moments = []
     for on_gpu in (False, True):
         torch.manual_seed(1)
         network = som.EnsembleMLP(2, 3, 2, 1, hidden_dim=8, num_layers=2)
-        optimizer = som.make_adam(network.parameters(), lr=1e-2, on_gpu=on_gpu, compiled=True)
+        lr = torch.tensor(1e-2) if annealed else 1e-2
+        optimizer = som.make_adam(network.parameters(), lr=lr, on_gpu=on_gpu, compiled=True)
         (group,) = optimizer.param_groups
         assert (bool(group["fused"]), bool(group["foreach"])) == (not on_gpu, on_gpu)
         start = torch.nn.utils.parameters_to_vector(network.parameters()).detach().clone()
-        for _ in range(4):
+        for i in range(4):
+            if annealed:
+                group["lr"].fill_(1e-2 * (1 - i / 4))
             optimizer.zero_grad()
             network(torch.randn(8, 3), torch.randn(8, 1, 2)).square().mean().backward()
             optimizer.step()  # of the second on a CPU an error if it is not compiled

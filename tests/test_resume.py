@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import types
+from functools import partial
 
 import gymnasium as gym
 import numpy as np
@@ -204,6 +205,25 @@ def test_n_steps_a_resume_and_m_steps_are_bit_equal_to_n_plus_m(run_loop):
     assert len(sampled_rows(whole)) == 90
     rows = [[line.split(",")[:4] for line in run.evaluations] for run in (again, whole)]
     assert rows[0] == rows[1] and len(rows[0]) == 10
+
+
+def test_a_run_that_anneals_goes_on_where_it_was(tmp_path):
+    run_loop = partial(run_main, tmp_path, ROOT / "som_continuous_action.py")
+    flags = "--env-id", "Clock-v0", "--checkpoint-frequency", "20", "--total-timesteps", "180", "--anneal-steps", "100"
+    whole = run_loop(*TINY, *flags)
+    run_folder = tmp_path / whole.run_folder
+    expected = {name: tensor.clone() for name, tensor in weights(whole.agent).items()}
+    at_160, _ = checkpoints(run_folder)
+    torch.manual_seed(12345)
+    again = run_loop("--resume", str(at_160))
+    assert again.start_step == 160 and again.num_updates == whole.num_updates == 70
+    torch.testing.assert_close(weights(again.agent), expected, rtol=0, atol=0, equal_nan=True)
+    # a finished run learns on at its own rates, and anneals only if it is told to
+    more = run_loop("--resume", str(run_folder), "--total-timesteps", "220", "--anneal-steps", "0")
+    assert more.start_step == 180 and more.num_updates == 90
+    assert not torch.equal(weights(more.agent)["actor.weights.0"], expected["actor.weights.0"])
+    for optimizer in more.agent.optimizers.values():
+        assert optimizer.param_groups[0]["lr"] in (more.args.q_lr, more.args.policy_lr, more.args.alpha_lr)
 
 
 def test_a_resumed_run_continues_its_curves(run_loop, finished):

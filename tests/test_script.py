@@ -228,6 +228,27 @@ def test_evaluation_on_the_cpu_asks_for_no_gpu(monkeypatch, runs):
     assert som.evaluate(policy, "Truncates-v0", 2, run.eval_seed).tolist() == [10, 10]  # 1 + 2 + 3 + 4
 
 
+def test_learning_rates_fall_to_0_in_the_last_steps(monkeypatch, tmp_path, runs):
+    plain = runs[0]["Truncates-v0"]
+    rates = []  # of an update's two steps of Adam, in turn
+    adam_step = torch.optim.Adam.step
+
+    def step(self, closure=None):
+        (group,) = self.param_groups
+        rates.append(float(group["lr"]))
+        return adam_step(self, closure)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    flags = "--env-id", "Truncates-v0", "--anneal-steps", "50", "--q-lr", "3e-4", "--policy-lr", "1e-4", "--no-autotune"
+    run = run_loop(monkeypatch, tmp_path, *flags)
+    # updates begin in step 42, and the rates fall from step 150 on
+    factors = [min(1, (200 - step) / 50) for step in range(42, 201, 2)]
+    assert rates[::2] == pytest.approx([3e-4 * factor for factor in factors])
+    assert rates[1::2] == pytest.approx([1e-4 * factor for factor in factors])
+    assert som.lr_factor_at(150, run.args) == 1 and som.lr_factor_at(200, plain.args) == 1
+    assert som.lr_factor_at(190, run.args) == pytest.approx(0.2)
+
+
 def test_an_environment_that_has_finished_is_not_stepped_on(runs):
     """Its second episode may be poisoned, and its time is lost."""
     lengths = iter((2, 5, 3))
@@ -535,7 +556,7 @@ BAD_NUMBERS = {
     "--best-of-n": "0", "--inverse-temperature": "inf", "--score-scale": "0", "--beta-min": "3", "--beta-max": "-1",
     "--checkpoint-frequency": "0", "--num-episodes": "0", "--num-frequencies": "0",
     "--zero-r-ratio": "1.1", "--noise-scale": "0", "--initial-lambda": "0",
-    "--climb-steps": "-1",
+    "--climb-steps": "-1", "--anneal-steps": "-1",
     "--alpha-lr": "0", "--alpha-delay": "0", "--target-entropy": "nan", "--eval-frequency": "0", "--seed": "-1",
 }  # fmt: skip
 
@@ -573,6 +594,7 @@ def test_every_number_has_a_bad_value_above():
         ("--env-id Truncates-v0 --learning-starts 199", "larger, by --num-envs or more, than --learning-starts"),
         ("--env-id Truncates-v0 --reference prior --sde ve", "--sde vp"),
         ("--env-id Truncates-v0 --climb-steps 3", "--climb-steps needs --reference box"),
+        ("--env-id Truncates-v0 --anneal-steps 201", "--anneal-steps must be at most --total-timesteps"),
         ("--env-id Truncates-v0 --track", "--track needs wandb"),
         ("--env-id Rendered-v0 --capture-video", "--capture-video needs moviepy"),
         ("--env-id Truncates-v0 --device gpu", "--device gpu: PyTorch finds no GPU"),
