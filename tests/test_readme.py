@@ -48,14 +48,15 @@ def returns_on_the_way(path):
 
 
 def returns_with_other_n(path):
-    """Every seed's return, and the means over seeds, of a table of benchmark/best_of_n.py."""
+    """Every seed's return, and the means over the seeds of a row and of a setting, of a table of best_of_n.py."""
     of_runs = {}  # SAC's runs have a row each, in which all but N = 1 is empty
     with path.open() as file:
         for row in csv.DictReader(file):
             for name, cell in row.items():
-                if name.startswith("N = ") and cell:
-                    run = (row["env_id"], row["setting"], name)
-                    of_runs.setdefault(run, []).extend(float(x) for x in cell.split())
+                if (name.startswith("N = ") or name == "noise 0") and cell:
+                    setting = (row["env_id"], row["setting"], name)
+                    for run in setting, (*setting, row["first_seed"]):
+                        of_runs.setdefault(run, []).extend(float(x) for x in cell.split())
     returns = [x for seeds in of_runs.values() for x in (*seeds, sum(seeds) / len(seeds))]
     return " ".join(f"{x:,.0f}" for x in returns)
 
