@@ -89,7 +89,7 @@ class Args:
     reward_scale: float = 0.2  # factor on the reward
     policy_lr: float = 1e-4  # learning rate of the policy
     q_lr: float = 1e-4  # learning rate of the critics
-    anneal_steps: int = 0  # environment steps before the end, in which both fall to 0; 0: they do not
+    anneal_steps: int = 0  # environment steps at the end in which both fall to 0; 0: they stay
     hidden_dim: int = 256  # width of a hidden layer
     num_layers: int = 3  # hidden layers of policy and critics
     num_frequencies: int = 8  # w of sin and cos of w t and w (t - r), from 1 to 3

@@ -144,7 +144,7 @@ def test_updates_after_a_resume_are_bit_equal(pair, finished, tmp_path, monkeypa
         actions = []
         for due in True, False, True:
             ring, keys, a = run.add_and_act_all(ring, keys, run.acting_part(state), run.inbox_by_seed)
-            state, _ = run.updates[due](state, ring)
+            state, _ = run.updates[due](state, ring, run.lr_factor)
             actions.append(a)
         after.append((state, keys, actions))
     # the observations in the inboxes are not the same: a resumed run begins new episodes
