@@ -532,6 +532,17 @@ def test_seed_k_of_a_run_is_the_single_run_with_that_seed(pair, tmp_path):
     assert not np.allclose(ours[1], ours[0])
 
 
+def test_learning_rates_are_0_in_the_last_step_of_a_run_that_anneals(pair, tmp_path):
+    flags = *TINY, "--env-id", "Seeded-v0", "--seed", "1", "--num-seeds", "2"
+    shorter = run_loop(tmp_path, *flags, "--total-timesteps", "198")
+    annealed = run_loop(tmp_path, *flags, "--anneal-steps", "2")
+    assert annealed.num_updates == pair.num_updates == shorter.num_updates + 2
+    for name in "actor", "critic":
+        weights = [getattr(run.state, name)[1][0] for run in (annealed, shorter, pair)]
+        np.testing.assert_allclose(weights[0], weights[1], rtol=1e-4, atol=1e-5)
+        assert np.abs(weights[0] - weights[2]).max() > 5e-5
+
+
 def test_rows_logs_and_checkpoint_of_a_run(pair):
     # all rows of the ring, which has room for 192: observation (3), next observation (3), action, reward, terminated
     assert pair.num_added == 200 and pair.rb.on_host.shape == (2 * 192, 9)
